@@ -1,0 +1,114 @@
+"""Registration of every op with PyTorch's dispatcher, namespace ``liger_trainer``.
+
+An op ``name`` is three entries:
+
+``liger_trainer::name_forward`` and ``liger_trainer::name_backward``
+    The computation. Triton implementations serve CUDA (ROCm included) and XPU, the torch implementation serves every
+    other device, and a fake implementation serves the compiler. A vendor adds its device by registering its own
+    kernels for its dispatch key on these two names (docs/backends.md).
+``liger_trainer::name``
+    The differentiable op that the public functions call: it joins the two through an ``autograd.Function``. To
+    ``torch.compile`` it is one opaque node, whose parts AOTAutograd then sees.
+
+The low-level ``Library.define/impl`` is used and not ``torch.library.custom_op``, which takes a third more host time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import HAS_TRITON
+
+__all__ = [
+    "NAMESPACE",
+    "define",
+    "define_differentiable",
+    "device_of",
+    "graph_is_kept",
+    "interpreted_kernels",
+    "refuse_double_backward",
+]
+
+NAMESPACE = "liger_trainer"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_triton_on_cpu = False
+
+
+def define(
+    schema: str,
+    *,
+    kernel: Callable[..., Any] | None,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> Any:
+    """Define one op of the computation and return its overload, ready to be called.
+
+    Args:
+        schema: the op's schema without its namespace, as ``"rms_norm_forward(Tensor x, float eps) -> Tensor"``.
+        kernel: the Triton implementation, or None for an op that has no Triton part.
+        reference: the torch implementation: the same algorithm, for any device.
+        fake: shapes and dtypes of the outputs, for meta and fake tensors.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+
+    def on_cpu(*args: Any) -> Any:
+        return (kernel if _triton_on_cpu and kernel is not None else reference)(*args)
+
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    _library.impl(name, on_cpu, "CPU")
+    if kernel is not None and HAS_TRITON:
+        _library.impl(name, kernel, "CUDA")
+        _library.impl(name, kernel, "XPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def define_differentiable(schema: str, function: Callable[..., Any]) -> Any:
+    """Define the differentiable op over a forward and a backward op and return its overload."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, function, "CompositeImplicitAutograd")
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def refuse_double_backward(name: str) -> None:
+    """Raise in a backward pass that is itself being recorded (``create_graph=True``).
+
+    Raises:
+        RuntimeError: when grad mode is on, which in a backward pass means ``create_graph=True``.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"liger_trainer.kernels.{name} has no second derivative: its backward was called with create_graph=True. "
+            "Use the PyTorch operation where a double backward is needed."
+        )
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward that is running may run again (``retain_graph=True``), or whether that can't be known."""
+    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return query is None or torch.compiler.is_compiling() or query()
+
+
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Make x's device current while a Triton kernel is launched on it; Triton launches on the current device."""
+    if x.device.type == "cpu" or x.device.index == torch.accelerator.current_device_index():
+        return nullcontext()
+    return torch.accelerator.device_index(x.device.index)
+
+
+@contextmanager
+def interpreted_kernels() -> Iterator[None]:
+    """Run the Triton implementations on CPU tensors, for tests under ``TRITON_INTERPRET=1``."""
+    global _triton_on_cpu
+    before, _triton_on_cpu = _triton_on_cpu, True
+    try:
+        yield
+    finally:
+        _triton_on_cpu = before
