@@ -1,0 +1,52 @@
+"""Checks of arguments that the ops share: each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._softmax_loss import REDUCTIONS
+
+__all__ = ["check_floating", "check_labels_in_range", "check_loss_options", "check_same_device", "check_vector"]
+
+
+def check_floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating point dtype, got {tensor.dtype}")
+
+
+def check_same_device(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the other arguments are on {device}")
+
+
+def check_vector(name: str, vector: Tensor | None, length: int, meaning: str) -> None:
+    if vector is not None and vector.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), {meaning}; got {tuple(vector.shape)}")
+
+
+def check_labels_in_range(labels: Tensor, n_classes: int, ignore_index: int) -> None:
+    """Raise for labels outside [0, n_classes) that are not ignore_index. Waits for the device to have computed them."""
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= n_classes))]
+    if wrong.numel():
+        raise ValueError(
+            f"labels must lie in [0, {n_classes}) or be ignore_index={ignore_index}; "
+            f"{wrong.numel()} of {labels.numel()} do not, the first of them is {int(wrong[0])}"
+        )
+
+
+def check_loss_options(
+    reduction: str, label_smoothing: float, z_loss: float, softcap: float | None, temperature: float
+) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must be at least 0, got {z_loss}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")

@@ -1,0 +1,426 @@
+"""Triton kernels of RMSNorm and LayerNorm over rows; :mod:`.rms_norm` and :mod:`.layer_norm` say what they compute.
+
+RMSNorm is LayerNorm without the mean and the bias, so that one set of kernels serves both: with ``n`` the normalised
+row and ``g`` the gradient that reaches it, ``dx = rstd * (g - n * mean(g * n) [- mean(g)])``.
+
+A row up to ``_FORWARD_LIMIT`` (``_BACKWARD_LIMIT``) elements is read once and kept in registers; wider rows are read
+block by block, twice.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ._library import device_of
+from ._rows import as_rows, empty_in_order, memory_order, multiprocessors
+from ._triton import tl, triton
+
+__all__ = ["normalize", "normalize_backward"]
+
+_FORWARD_LIMIT = 32768
+_BACKWARD_LIMIT = 16384  # the backward holds three rows in registers: x, dy and the sum for dW
+_WIDE_BLOCK = 4096
+_WARPS_PER_PROCESSOR = 16  # of the backward, by its registers; each program more also means a partial sum of dW more
+
+
+@lru_cache
+def _tile(width: int, limit: int) -> tuple[int, int, int]:
+    """(columns, rows, warps) of one program's tile: narrow rows share a program, wide rows are looped over."""
+    columns = triton.next_power_of_2(max(width, 16))
+    if columns > limit:
+        return _WIDE_BLOCK, 1, 8
+    rows = max(1, 2048 // columns)
+    most_warps = 16 if torch.version.hip else 32
+    return columns, rows, min(max(columns * rows // 512, 1), most_warps)
+
+
+@triton.jit
+def _scale(weight, OFFSET: tl.constexpr, CASTING: tl.constexpr):
+    """offset + weight in fp32, rounded to the weight's dtype first where "llama" adds in that dtype."""
+    if OFFSET == 0.0:
+        return weight.to(tl.float32)
+    elif CASTING == "llama":
+        return (weight.to(tl.float32) + OFFSET).to(weight.dtype).to(tl.float32)
+    else:
+        return weight.to(tl.float32) + OFFSET
+
+
+@triton.jit
+def _finish(
+    normalized,
+    weight_ptr,
+    bias_ptr,
+    columns,
+    in_row,
+    OFFSET: tl.constexpr,
+    CASTING: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+):
+    """y in fp32 from normalised rows (ROWS, BLOCK) in fp32."""
+    y = normalized
+    if CASTING == "llama":
+        y = y.to(X_DTYPE).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0)
+        y = y * _scale(weight, OFFSET, CASTING)[None, :]
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _forward_kernel(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    n_rows,
+    eps,
+    WIDTH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CASTING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < n_rows
+    columns = tl.arange(0, BLOCK)
+    x_rows = x_ptr + rows[:, None] * x_stride
+    y_rows = y_ptr + rows[:, None] * WIDTH
+    x_dtype: tl.constexpr = x_ptr.dtype.element_ty
+    y_dtype: tl.constexpr = y_ptr.dtype.element_ty
+
+    if WIDTH <= BLOCK:
+        in_row = columns < WIDTH
+        mask = live[:, None] & in_row[None, :]
+        x = tl.load(x_rows + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        if mean_ptr is not None:
+            mean = tl.sum(x, axis=1) / WIDTH
+            tl.store(mean_ptr + rows, mean, mask=live)
+            x = tl.where(mask, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + eps)
+        y = _finish(x * rstd[:, None], weight_ptr, bias_ptr, columns, in_row, OFFSET, CASTING, x_dtype)
+        tl.store(y_rows + columns[None, :], y.to(y_dtype), mask=mask)
+    else:
+        mean = tl.zeros((ROWS,), tl.float32)
+        if mean_ptr is not None:
+            total = tl.zeros((ROWS, BLOCK), tl.float32)
+            for start in range(0, WIDTH, BLOCK):
+                mask = live[:, None] & (start + columns < WIDTH)[None, :]
+                total += tl.load(x_rows + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
+            mean = tl.sum(total, axis=1) / WIDTH
+            tl.store(mean_ptr + rows, mean, mask=live)
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            mask = live[:, None] & (start + columns < WIDTH)[None, :]
+            x = tl.load(x_rows + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.where(mask, x - mean[:, None], 0.0)
+            squares += x * x
+        rstd = tl.rsqrt(tl.sum(squares, axis=1) / WIDTH + eps)
+        for start in range(0, WIDTH, BLOCK):
+            in_row = start + columns < WIDTH
+            mask = live[:, None] & in_row[None, :]
+            x = tl.load(x_rows + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
+            normalized = (x - mean[:, None]) * rstd[:, None]
+            y = _finish(normalized, weight_ptr, bias_ptr, start + columns, in_row, OFFSET, CASTING, x_dtype)
+            tl.store(y_rows + (start + columns)[None, :], y.to(y_dtype), mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=live)
+
+
+@triton.jit
+def _load_statistic(ptr, rows, live):
+    """One statistic a row, (ROWS,), zeros where there is none."""
+    if ptr is None:
+        return tl.zeros(rows.shape, tl.float32)
+    else:
+        return tl.load(ptr + rows, mask=live, other=0.0)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _backward_kernel(
+    dy_ptr,
+    dy_stride,
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    n_rows,
+    WIDTH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CASTING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dx, and this program's share of dW and db, (programs, WIDTH), over the rows that it strides through."""
+    program = tl.program_id(0)
+    step = tl.num_programs(0) * ROWS
+    columns = tl.arange(0, BLOCK)
+    in_row = columns < WIDTH
+    if weight_ptr is not None:
+        scale = _scale(tl.load(weight_ptr + columns, mask=in_row, other=0.0), OFFSET, CASTING)[None, :]
+    if dweight_ptr is not None:
+        dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    if dbias_ptr is not None:
+        dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+
+    # The next rows are on their way while these are worked on.
+    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < n_rows
+    mask = live[:, None] & in_row[None, :]
+    next_x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
+    next_dy = tl.load(dy_ptr + rows[:, None] * dy_stride + columns[None, :], mask=mask, other=0.0)
+    next_rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
+    next_mean = _load_statistic(mean_ptr, rows, live)
+    for _ in range(program * ROWS, n_rows, step):
+        x, dy, rstd, mean = next_x.to(tl.float32), next_dy.to(tl.float32), next_rstd[:, None], next_mean[:, None]
+        dx_ptrs = dx_ptr + rows[:, None] * WIDTH + columns[None, :]
+        stored = mask
+        rows += step
+        live = rows < n_rows
+        mask = live[:, None] & in_row[None, :]
+        next_x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
+        next_dy = tl.load(dy_ptr + rows[:, None] * dy_stride + columns[None, :], mask=mask, other=0.0)
+        next_rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
+        next_mean = _load_statistic(mean_ptr, rows, live)
+
+        # Columns past the row need no mask: dy is 0 there.
+        normalized = (x - mean) * rstd
+        g = dy
+        if weight_ptr is not None:
+            g = dy * scale
+        dx = g - normalized * (tl.sum(g * normalized, axis=1) / WIDTH)[:, None]
+        if mean_ptr is not None:
+            dx -= (tl.sum(g, axis=1) / WIDTH)[:, None]
+        tl.store(dx_ptrs, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=stored)
+        if dweight_ptr is not None:
+            if CASTING == "llama":
+                normalized = normalized.to(x_ptr.dtype.element_ty).to(tl.float32)
+            dweight += dy * normalized
+        if dbias_ptr is not None:
+            dbias += dy
+
+    partial = program * WIDTH + columns
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0), mask=in_row)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=in_row)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _wide_means_kernel(
+    dy_ptr,
+    dy_stride,
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    means_ptr,
+    n_rows,
+    WIDTH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CASTING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """mean(g * n) and mean(g) of each wide row, (2, n_rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    rstd = tl.load(rstd_ptr + row)
+    mean = 0.0
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + row)
+    gn = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        mask = start + columns < WIDTH
+        x = tl.load(x_ptr + row * x_stride + start + columns, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + row * dy_stride + start + columns, mask=mask, other=0.0).to(tl.float32)
+        if weight_ptr is not None:
+            g *= _scale(tl.load(weight_ptr + start + columns, mask=mask, other=0.0), OFFSET, CASTING)
+        gn += g * (x - mean) * rstd
+        total += g
+    tl.store(means_ptr + row, tl.sum(gn, axis=0) / WIDTH)
+    tl.store(means_ptr + n_rows.to(tl.int64) + row, tl.sum(total, axis=0) / WIDTH)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _wide_backward_kernel(
+    dy_ptr,
+    dy_stride,
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    means_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    n_rows,
+    WIDTH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CASTING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As :func:`_backward_kernel` on one block of columns, with the means over whole rows given."""
+    program = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    dbias = tl.zeros((BLOCK,), tl.float32)
+    if weight_ptr is not None:
+        scale = _scale(tl.load(weight_ptr + columns, mask=mask, other=0.0), OFFSET, CASTING)
+    row = program.to(tl.int64)
+    for _ in range(program, n_rows, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        if mean_ptr is not None:
+            x -= tl.load(mean_ptr + row)
+        normalized = x * rstd
+        g = dy
+        if weight_ptr is not None:
+            g = dy * scale
+        dx = g - normalized * tl.load(means_ptr + row)
+        if mean_ptr is not None:
+            dx -= tl.load(means_ptr + n_rows.to(tl.int64) + row)
+        tl.store(dx_ptr + row * WIDTH + columns, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
+        if CASTING == "llama":
+            normalized = normalized.to(x_ptr.dtype.element_ty).to(tl.float32)
+        dweight += dy * normalized
+        dbias += dy
+        row += tl.num_programs(0)
+    partial = program * WIDTH + columns
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + partial, dweight, mask=mask)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, dbias, mask=mask)
+
+
+@triton.jit
+def _column_sum(partials_ptr, sum_ptr, n_partials, columns, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    mask = columns < WIDTH
+    total = tl.zeros((ROWS, columns.shape[0]), tl.float32)
+    for start in range(0, n_partials, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        tile = rows[:, None] * WIDTH + columns[None, :]
+        total += tl.load(partials_ptr + tile, mask=(rows < n_partials)[:, None] & mask[None, :], other=0.0)
+    tl.store(sum_ptr + columns, tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def _sum_partials_kernel(
+    first_ptr,
+    first_sum_ptr,
+    second_ptr,
+    second_sum_ptr,
+    n_partials,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Column sums of one or two (n_partials, WIDTH) tensors in fp32."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if first_ptr is not None:
+        _column_sum(first_ptr, first_sum_ptr, n_partials, columns, WIDTH, ROWS)
+    if second_ptr is not None:
+        _column_sum(second_ptr, second_sum_ptr, n_partials, columns, WIDTH, ROWS)
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y_dtype: torch.dtype,
+    *,
+    centered: bool,
+    offset: float = 0.0,
+    casting: str = "none",
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(y, mean or None, rstd): y of x's shape and memory order, the statistics of its leading shape in fp32."""
+    order = memory_order(x)
+    y = empty_in_order(x, order, y_dtype)
+    rstd = empty_in_order(x, order, torch.float32, per_row=True)
+    mean = empty_in_order(x, order, torch.float32, per_row=True) if centered else None
+    if x.numel() == 0:
+        return y, mean if mean is None else mean.zero_(), rstd.zero_()
+    x, stride = as_rows(x, order)
+    width = x.shape[-1]
+    n_rows = x.numel() // width
+    block, rows, warps = _tile(width, _FORWARD_LIMIT)
+    with device_of(x):
+        _forward_kernel[((n_rows + rows - 1) // rows,)](
+            x, stride, _dense(weight), _dense(bias), y, mean, rstd, n_rows, eps,
+            width, offset, casting, block, rows, num_warps=warps,
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def normalize_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    *,
+    offset: float = 0.0,
+    casting: str = "none",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias): dx in x's dtype and memory order, the others in the dtype given, None without one."""
+    width = x.shape[-1]
+    order = memory_order(x)
+    dx = empty_in_order(x, order, x.dtype)
+    dweight = None if dweight_dtype is None else torch.empty(width, dtype=dweight_dtype, device=x.device)
+    dbias = None if dbias_dtype is None else torch.empty(width, dtype=dbias_dtype, device=x.device)
+    if x.numel() == 0:
+        return dx, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
+
+    if order is not None:  # no copies: the forward made the statistics in this order
+        rstd = rstd.permute(order).contiguous()
+        mean = None if mean is None else mean.permute(order).contiguous()
+    x, x_stride = as_rows(x, order)
+    dy, dy_stride = as_rows(dy, order)
+    weight = _dense(weight)
+    n_rows = x.numel() // width
+    block, rows, warps = _tile(width, _BACKWARD_LIMIT)
+    programs = min((n_rows + rows - 1) // rows, max(1, _WARPS_PER_PROCESSOR // warps) * multiprocessors(x.device))
+    n_sums = (dweight is not None) + (dbias is not None)
+    partials = torch.empty((n_sums, programs, width), dtype=torch.float32, device=x.device)
+    dweight_partials = None if dweight is None else partials[0]
+    dbias_partials = None if dbias is None else partials[-1]
+    with device_of(x):
+        if width <= block:
+            _backward_kernel[(programs,)](
+                dy, dy_stride, x, x_stride, weight, mean, rstd, dx, dweight_partials, dbias_partials, n_rows,
+                width, offset, casting, block, rows, num_warps=warps,
+            )  # fmt: skip
+        else:
+            means = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
+            _wide_means_kernel[(n_rows,)](
+                dy, dy_stride, x, x_stride, weight, mean, rstd, means, n_rows,
+                width, offset, casting, block, num_warps=warps,
+            )  # fmt: skip
+            _wide_backward_kernel[(programs, (width + block - 1) // block)](
+                dy, dy_stride, x, x_stride, weight, mean, rstd, means, dx, dweight_partials, dbias_partials, n_rows,
+                width, offset, casting, block, num_warps=warps,
+            )  # fmt: skip
+        if n_sums:
+            _sum_partials_kernel[((width + 31) // 32,)](
+                dweight_partials, dweight, dbias_partials, dbias, programs, width, 32, 128, num_warps=4
+            )
+    return dx, dweight, dbias

@@ -1,0 +1,483 @@
+"""The row mathematics of softmax cross entropy, shared by ``cross_entropy`` and every tile of ``linear_cross_entropy``.
+
+For a row of logits ``l`` with label ``y`` (all in fp32, or in float64 where the logits are):
+
+.. code-block:: text
+
+    z    = inner * l                                  without a soft-cap
+    z    = outer * tanh(inner * l)                    with one
+    lse  = log(sum_c exp(z_c))
+    loss = t * ((1 - e) * w_y * (lse - z_y) + e / V * sum_c w_c * (lse - z_c) + zeta * lse**2)
+
+with label smoothing ``e`` (Szegedy et al., 2016, https://arxiv.org/abs/1512.00567), z-loss ``zeta`` (Chowdhery et al.,
+2022, https://arxiv.org/abs/2204.02311), class weights ``w`` and the token's weight ``t``. With token scaling ``t`` is
+also multiplied by the label's own probability, as a constant (Wu et al., 2025, https://arxiv.org/abs/2508.05629). With
+``a = (1 - e) * w_y`` and ``b = e / V`` the gradient is
+
+.. code-block:: text
+
+    dloss/dz_c = t * (softmax(z)_c * (a + b * sum(w) + 2 * zeta * lse) - a * [c = y] - b * w_c)
+
+The log-sum-exp is taken in one pass (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._library import device_of
+from ._triton import tl, triton
+
+__all__ = ["REDUCTIONS", "RowLoss", "accumulation_dtype", "reduce_rows", "softmax_loss_rows"]
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+class RowLoss(NamedTuple):
+    """The constants of the row formula above; ``outer`` is 0 without a soft-cap."""
+
+    ignore_index: int
+    inner: float
+    outer: float
+    label_smoothing: float
+    z_loss: float
+    token_scaling: bool
+
+    @classmethod
+    def of(
+        cls,
+        ignore_index: int,
+        logit_scale: float,
+        softcap: float | None,
+        temperature: float,
+        label_smoothing: float,
+        z_loss: float,
+        token_scaling: bool = False,
+    ) -> "RowLoss":
+        """``z = softcap * tanh(logit_scale * l / softcap) / temperature``, as ``inner`` and ``outer``."""
+        if softcap is None:
+            return cls(ignore_index, logit_scale / temperature, 0.0, label_smoothing, z_loss, token_scaling)
+        return cls(ignore_index, logit_scale / softcap, softcap / temperature, label_smoothing, z_loss, token_scaling)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for everything but float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@triton.jit
+def _transform(logits, inner, outer, SOFTCAP: tl.constexpr):
+    """z, and dz/dl, of a block of logits."""
+    if SOFTCAP:
+        decay = tl.exp(-2.0 * tl.abs(inner * logits))
+        tanh = (1.0 - decay) / (1.0 + decay)
+        tanh = tl.where(logits < 0, -tanh, tanh)
+        # 1 - tanh**2 without its cancellation.
+        return outer * tanh, inner * outer * 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+    else:
+        return inner * logits, inner
+
+
+@triton.jit
+def _softmax_loss_kernel(
+    logits_ptr,  # (R, V), rows logits_stride apart
+    logits_stride,
+    gradient_ptr,  # (R, V) or None; may be logits_ptr
+    gradient_stride,
+    labels_ptr,  # (N,)
+    rows_ptr,  # (R,) the row of the (N,) arrays that a row of logits stands for, or None where they are the same
+    token_weights_ptr,  # (N,) or None
+    class_weights_ptr,  # (V,) or None
+    token_loss_ptr,  # (N,) out, or None where lse is known
+    lse_ptr,  # (N,) out, or in where KNOWN_LSE
+    row_weight_ptr,  # (N,) out, or None: what the row adds to the divisor of a weighted mean
+    predicted_ptr,  # (N,) out, or None
+    upstream_ptr,  # scalar or (N,), or None for 1
+    upstream_stride,
+    scale_ptr,  # scalar, or None for 1
+    n_classes,
+    ignore_index,
+    inner,
+    outer,
+    smoothing,
+    z_loss,
+    gradient_scale,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    TOKEN_SCALING: tl.constexpr,
+    KNOWN_LSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tile_row = tl.program_id(0).to(tl.int64)
+    row = tile_row
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + tile_row)
+    label = tl.load(labels_ptr + row)
+    logits_ptr += tile_row * logits_stride
+    if gradient_ptr is not None:
+        gradient_ptr += tile_row * gradient_stride
+
+    if label == ignore_index:
+        if not KNOWN_LSE:
+            tl.store(token_loss_ptr + row, 0.0)
+            tl.store(lse_ptr + row, 0.0)
+            if row_weight_ptr is not None:
+                tl.store(row_weight_ptr + row, 0.0)
+            if predicted_ptr is not None:
+                tl.store(predicted_ptr + row, -1)
+        if gradient_ptr is not None:
+            zeros = tl.zeros((BLOCK,), gradient_ptr.dtype.element_ty)
+            for start in range(0, n_classes, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                tl.store(gradient_ptr + columns, zeros, mask=columns < n_classes)
+        return
+
+    in_range = (label >= 0) & (label < n_classes)
+    safe_label = tl.where(in_range, label, 0)
+    label_weight = 1.0
+    total_class_weight = n_classes * 1.0
+    token_weight = 1.0
+    if class_weights_ptr is not None:
+        label_weight = tl.load(class_weights_ptr + safe_label).to(tl.float32)
+    if token_weights_ptr is not None:
+        token_weight = tl.load(token_weights_ptr + row).to(tl.float32)
+    if class_weights_ptr is not None and SMOOTHING:
+        class_weight_sums = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n_classes, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            class_weight_sums += tl.load(class_weights_ptr + columns, mask=columns < n_classes, other=0.0).to(
+                tl.float32
+            )
+        total_class_weight = tl.sum(class_weight_sums, 0)
+
+    # Loaded before any gradient is written in the logits' place.
+    label_z, _label_slope = _transform(tl.load(logits_ptr + safe_label).to(tl.float32), inner, outer, SOFTCAP)
+    if KNOWN_LSE:
+        lse = tl.load(lse_ptr + row)
+    else:
+        # Maximum and sum of exponentials a lane: no reduction across the program inside the loop.
+        maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        weighted_z = tl.zeros((BLOCK,), tl.float32)
+        best = float("-inf")
+        best_column = 0
+        for start in range(0, n_classes, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            mask = columns < n_classes
+            z, slope = _transform(
+                tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32), inner, outer, SOFTCAP
+            )
+            if SMOOTHING:
+                if class_weights_ptr is not None:
+                    weights = tl.load(class_weights_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+                    weighted_z += tl.where(mask, weights * z, 0.0)
+                else:
+                    weighted_z += tl.where(mask, z, 0.0)
+            z = tl.where(mask, z, float("-inf"))
+            if predicted_ptr is not None:
+                block_best, block_column = tl.max(z, 0, return_indices=True)
+                better = block_best > best
+                best = tl.where(better, block_best, best)
+                best_column = tl.where(better, start + block_column, best_column)
+            block_maximum = tl.maximum(maximum, z)
+            # A lane that has seen only -inf so far must not form -inf - -inf.
+            shift = tl.where(block_maximum == float("-inf"), 0.0, block_maximum)
+            total = total * tl.exp(maximum - shift) + tl.exp(z - shift)
+            maximum = block_maximum
+        row_maximum = tl.max(maximum, 0)
+        shift = tl.where(row_maximum == float("-inf"), 0.0, row_maximum)
+        lse = row_maximum + tl.log(tl.sum(total * tl.exp(maximum - shift), 0))
+        lse = tl.where(in_range, lse, float("nan"))
+    scaled_weight = token_weight
+    if TOKEN_SCALING:
+        scaled_weight *= tl.exp(label_z - lse)
+    if not KNOWN_LSE:
+        loss = (1.0 - smoothing) * label_weight * (lse - label_z) + z_loss * lse * lse
+        if SMOOTHING:
+            loss += smoothing / n_classes * (total_class_weight * lse - tl.sum(weighted_z, 0))
+        tl.store(token_loss_ptr + row, scaled_weight * loss)
+        tl.store(lse_ptr + row, lse)
+        if row_weight_ptr is not None:
+            tl.store(row_weight_ptr + row, token_weight * label_weight)
+        if predicted_ptr is not None:
+            tl.store(predicted_ptr + row, best_column)
+
+    if gradient_ptr is not None:
+        factor = gradient_scale * scaled_weight
+        if upstream_ptr is not None:
+            factor *= tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
+        if scale_ptr is not None:
+            factor *= tl.load(scale_ptr).to(tl.float32)
+        hit = factor * (1.0 - smoothing) * label_weight
+        spread = factor * smoothing / n_classes
+        probability_factor = hit + spread * total_class_weight + factor * 2.0 * z_loss * lse
+        for start in range(0, n_classes, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            mask = columns < n_classes
+            z, slope = _transform(
+                tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32), inner, outer, SOFTCAP
+            )
+            gradient = tl.exp(z - lse) * probability_factor
+            if SMOOTHING:
+                if class_weights_ptr is not None:
+                    gradient -= spread * tl.load(class_weights_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+                else:
+                    gradient -= spread
+            gradient -= tl.where(columns == label, hit, 0.0)
+            gradient *= slope
+            tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
+def _softmax_loss_reference(
+    logits: Tensor,
+    labels: Tensor,
+    spec: RowLoss,
+    *,
+    rows: Tensor | None,
+    token_weights: Tensor | None,
+    class_weights: Tensor | None,
+    token_loss: Tensor | None,
+    lse: Tensor,
+    row_weight: Tensor | None,
+    predicted: Tensor | None,
+    gradient: Tensor | None,
+    known_lse: bool,
+    upstream: Tensor | None,
+    scale: Tensor | None,
+    gradient_scale: float,
+) -> None:
+    index = slice(None) if rows is None else rows
+    labels = labels[index]
+    valid = labels != spec.ignore_index
+    outside = valid & ((labels < 0) | (labels >= logits.shape[1]))
+    safe = torch.where(valid & ~outside, labels, 0).unsqueeze(1)
+    dtype = accumulation_dtype(logits.dtype)
+    n_classes = logits.shape[1]
+    if spec.outer:
+        tanh = torch.tanh(logits.to(dtype) * spec.inner)
+        z = tanh * spec.outer
+    else:
+        z = logits.to(dtype) * spec.inner
+
+    one = torch.ones((), dtype=dtype, device=logits.device)
+    classes = one.expand(n_classes) if class_weights is None else class_weights.to(dtype)
+    label_weight = classes[safe.squeeze(1)]
+    token_weight = one if token_weights is None else token_weights[index].to(dtype)
+    label_z = z.gather(1, safe).squeeze(1)
+    row_lse = lse[index] if known_lse else torch.logsumexp(z, 1).masked_fill(outside, torch.nan)
+    scaled_weight = token_weight * (label_z - row_lse).exp() if spec.token_scaling else token_weight
+    if not known_lse:
+        assert token_loss is not None
+        loss = (1 - spec.label_smoothing) * label_weight * (row_lse - label_z)
+        loss = loss + spec.z_loss * row_lse.square()
+        if spec.label_smoothing:
+            loss = loss + spec.label_smoothing / n_classes * (classes.sum() * row_lse - z @ classes)
+        token_loss[index] = torch.where(valid, scaled_weight * loss, 0)
+        lse[index] = torch.where(valid, row_lse, 0)
+        if row_weight is not None:
+            row_weight[index] = torch.where(valid, token_weight * label_weight, 0)
+        if predicted is not None:
+            predicted[index] = torch.where(valid, z.argmax(1), -1)
+    if gradient is None:
+        return
+    factor = gradient_scale * scaled_weight
+    if upstream is not None:
+        factor = factor * (upstream if upstream.dim() == 0 else upstream[index]).to(dtype)
+    if scale is not None:
+        factor = factor * scale
+    factor = factor.expand(len(labels))
+    hit = factor * (1 - spec.label_smoothing) * label_weight
+    spread = factor * spec.label_smoothing / n_classes
+    probability_factor = hit + spread * classes.sum() + factor * 2 * spec.z_loss * row_lse
+    dz = torch.sub(z, row_lse.unsqueeze(1)).exp_().mul_(probability_factor.unsqueeze(1))
+    if spec.label_smoothing:
+        dz.addcmul_(spread.unsqueeze(1), classes, value=-1)
+    dz.scatter_add_(1, safe, -hit.unsqueeze(1))
+    if spec.outer:
+        dz.mul_(tanh.square_().neg_().add_(1)).mul_(spec.inner * spec.outer)
+    else:
+        dz.mul_(spec.inner)
+    gradient.copy_(dz.masked_fill_(~valid.unsqueeze(1), 0))
+
+
+def softmax_loss_rows(
+    logits: Tensor,  # (R, V), unit stride along V
+    labels: Tensor,  # (N,) int64
+    spec: RowLoss,
+    *,
+    rows: Tensor | None = None,  # (R,) int64
+    token_weights: Tensor | None = None,  # (N,)
+    class_weights: Tensor | None = None,  # (V,)
+    token_loss: Tensor | None = None,  # (N,) out
+    lse: Tensor,  # (N,) out, or in
+    row_weight: Tensor | None = None,  # (N,) out
+    predicted: Tensor | None = None,  # (N,) int64 out
+    gradient: Tensor | None = None,  # (R, V) out; may be logits
+    known_lse: bool = False,
+    upstream: Tensor | None = None,  # () or (N,)
+    scale: Tensor | None = None,  # ()
+    gradient_scale: float = 1.0,
+    use_kernel: bool,
+) -> None:
+    """Write each row's loss, log-sum-exp and, where a buffer is given for it, gradient of its logits.
+
+    Rows whose label is ``ignore_index`` get zeros; rows whose label lies outside [0, V) get NaN and read nothing
+    outside the logits. The gradient is multiplied by ``gradient_scale``, ``upstream`` and ``scale``.
+    """
+    if logits.numel() == 0:
+        return
+    if not use_kernel or logits.dtype == torch.float64:
+        _softmax_loss_reference(
+            logits,
+            labels,
+            spec,
+            rows=rows,
+            token_weights=token_weights,
+            class_weights=class_weights,
+            token_loss=token_loss,
+            lse=lse,
+            row_weight=row_weight,
+            predicted=predicted,
+            gradient=gradient,
+            known_lse=known_lse,
+            upstream=upstream,
+            scale=scale,
+            gradient_scale=gradient_scale,
+        )
+        return
+    n_classes = logits.shape[1]
+    # Wide blocks and all of a multiprocessor's warps: one row a multiprocessor at a time, most of which the L2 still
+    # holds when the gradient pass reads it again.
+    block = min(triton.next_power_of_2(n_classes), 16384)
+    with device_of(logits):
+        _softmax_loss_kernel[(logits.shape[0],)](
+            logits,
+            logits.stride(0),
+            gradient,
+            0 if gradient is None else gradient.stride(0),
+            labels,
+            rows,
+            token_weights,
+            class_weights,
+            token_loss,
+            lse,
+            row_weight,
+            predicted,
+            upstream,
+            0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
+            scale,
+            n_classes,
+            spec.ignore_index,
+            spec.inner,
+            spec.outer,
+            spec.label_smoothing,
+            spec.z_loss,
+            gradient_scale,
+            SOFTCAP=spec.outer != 0,
+            SMOOTHING=spec.label_smoothing != 0,
+            TOKEN_SCALING=spec.token_scaling,
+            KNOWN_LSE=known_lse,
+            BLOCK=block,
+            num_warps=max(4, min(32, block // 512)),
+        )
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_processed", "divisor"])
+def _reduce_kernel(
+    token_loss_ptr,  # (N,)
+    labels_ptr,  # (N,)
+    row_weight_ptr,  # (N,) or None: every valid row weighs 1
+    divisor_ptr,  # scalar, or None
+    loss_ptr,  # scalar out
+    scale_ptr,  # scalar out
+    n_rows,
+    n_processed,
+    divisor,
+    ignore_index,
+    gradient_scale,
+    MEAN: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    losses = tl.zeros((BLOCK,), tl.float32)
+    weights = tl.zeros((BLOCK,), tl.float32)
+    counts = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, n_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        mask = rows < n_rows
+        losses += tl.load(token_loss_ptr + rows, mask=mask, other=0.0)
+        counts += (tl.load(labels_ptr + rows, mask=mask, other=ignore_index) != ignore_index).to(tl.int32)
+        if row_weight_ptr is not None:
+            weights += tl.load(row_weight_ptr + rows, mask=mask, other=0.0)
+    count = tl.sum(counts, 0)
+    total = tl.sum(losses, 0)
+    over = tl.full((), 1.0, tl.float32)
+    if divisor_ptr is not None:
+        over = tl.load(divisor_ptr).to(tl.float32)
+    elif DIVISOR:
+        over *= divisor
+    elif MEAN:
+        if row_weight_ptr is not None:
+            over = tl.sum(weights, 0)
+        else:
+            over = count.to(tl.float32)
+    if MEAN:
+        over = tl.where(count == 0, 1.0, over)
+    over = tl.where(count > n_processed, float("nan"), over)
+    tl.store(loss_ptr, total / over)
+    tl.store(scale_ptr, 1.0 / (over * gradient_scale))
+
+
+def reduce_rows(
+    token_loss: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    *,
+    mean: bool,
+    row_weight: Tensor | None,  # (N,)
+    divisor_tensor: Tensor | None,  # ()
+    divisor: float | None,
+    ignore_index: int,
+    n_processed: int,
+    gradient_scale: float,
+    use_kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and what turns a row's unreduced gradient times ``gradient_scale`` into the loss's.
+
+    The mean is over the rows' weights (1 each where ``row_weight`` is None), or over ``divisor``; with no valid row it
+    is 0. Both are NaN if more than ``n_processed`` labels are valid, so that a wrong bound can't pass unseen.
+    """
+    if use_kernel and token_loss.dtype == torch.float32:
+        loss, scale = torch.empty((2,), dtype=torch.float32, device=token_loss.device).unbind()
+        with device_of(token_loss):
+            _reduce_kernel[(1,)](
+                token_loss,
+                labels,
+                row_weight,
+                divisor_tensor,
+                loss,
+                scale,
+                token_loss.shape[0],
+                n_processed,
+                1.0 if divisor is None else float(divisor),
+                ignore_index,
+                gradient_scale,
+                MEAN=mean,
+                DIVISOR=divisor is not None,
+                BLOCK=1024,
+                num_warps=8,
+            )
+        return loss, scale
+    count = (labels != ignore_index).sum()
+    if divisor_tensor is not None:
+        over = divisor_tensor.to(token_loss.dtype)
+    elif divisor is not None:
+        over = token_loss.new_tensor(divisor)
+    elif not mean:
+        over = token_loss.new_ones(())
+    else:
+        over = count.to(token_loss.dtype) if row_weight is None else row_weight.sum()
+    if mean:
+        over = torch.where(count == 0, 1.0, over)
+    over = torch.where(count > n_processed, torch.nan, over)
+    return token_loss.sum() / over, 1 / (over * gradient_scale)

@@ -1,0 +1,244 @@
+"""The engine under every loss that ends in the language-model head: rows in tiles, products, weight gradient.
+
+Hidden states (N, H) meet the head's weight (V, H) a tile of rows at a time, so that no tensor of N * V elements ever
+exists. What a loss does with a tile of logits is its own business; choosing the rows, multiplying and accumulating are
+here, once.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._library import device_of
+from ._softmax_loss import accumulation_dtype
+from ._triton import tl, triton
+
+__all__ = [
+    "DEFAULT_TILE_BYTES",
+    "HeadGradients",
+    "partition_rows",
+    "run_tiles",
+    "scaled",
+    "tiles",
+    "without_autocast",
+]
+
+# Large enough for the matrix products to run at their best rate. Larger ones would raise a step's peak above the moment
+# at which the weight's gradient exists in fp32 and in bf16.
+DEFAULT_TILE_BYTES = 384 * 2**20
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The products choose their own dtypes; an active autocast would choose again."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def tiles(n_rows: int, n_classes: int, itemsize: int, tile_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut n_rows into ranges of nearly equal length whose logits fit in tile_bytes (one row at the least)."""
+    most = max(1, tile_bytes // (n_classes * itemsize))
+    if n_rows == 0:
+        return
+    # Whole multiples of 64 rows keep the matrix products on their fast path.
+    unit = 64 if most >= 64 else 1
+    most -= most % unit
+    rows = -(-n_rows // -(-n_rows // most))
+    rows = -(-rows // unit) * unit
+    for start in range(0, n_rows, rows):
+        yield start, min(start + rows, n_rows)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _partition_kernel(labels_ptr, rows_ptr, count_ptr, n_rows, ignore_index, BLOCK: tl.constexpr):
+    valid_before = n_rows * 0
+    for start in range(0, n_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        mask = rows < n_rows
+        valid = (tl.load(labels_ptr + rows, mask=mask, other=ignore_index) != ignore_index).to(tl.int32)
+        # Valid rows fill the front in their order, ignored ones the back in reverse.
+        valid_index = valid_before + tl.cumsum(valid, 0) - valid
+        position = tl.where(valid != 0, valid_index, n_rows - 1 - (rows - valid_index))
+        tl.store(rows_ptr + position, rows.to(tl.int64), mask=mask)
+        valid_before += tl.sum(valid, 0)
+    tl.store(count_ptr, valid_before)
+
+
+def partition_rows(
+    labels: Tensor,  # (N,)
+    ignore_index: int,
+    max_valid: int | None,
+    use_kernel: bool,
+) -> tuple[Tensor | None, int]:
+    """A permutation of the rows that puts those with a label first, and how many of them to compute.
+
+    Without ``max_valid``, an upper bound of the labels that are not ignored, the host waits for the device's count.
+    The permutation is None where every row is to be computed.
+    """
+    n = labels.shape[0]
+    if n == 0 or (max_valid is not None and max_valid >= n):
+        return None, n
+    if use_kernel:
+        rows = labels.new_empty(n)
+        count = labels.new_empty((), dtype=torch.int32)
+        with device_of(labels):
+            _partition_kernel[(1,)](labels, rows, count, n, ignore_index, BLOCK=1024, num_warps=8)
+    else:
+        ignored = labels == ignore_index
+        rows = ignored.to(torch.int8).argsort(stable=True)
+        count = n - ignored.sum()
+    n_valid = int(count) if max_valid is None else max_valid
+    return (None, n) if n_valid == n else (rows, n_valid)
+
+
+def head_product(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    out: Tensor,  # (R, V)
+) -> Tensor:
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def accumulate_weight_gradient(
+    total: Tensor,  # (V, H) fp32, or float64
+    logit_gradient: Tensor,  # (R, V)
+    hidden: Tensor,  # (R, H)
+    first: bool,
+) -> None:
+    """``total (+)= logit_gradient^T hidden``, accumulated in total's dtype inside the product."""
+    transposed = logit_gradient.t()
+    if logit_gradient.dtype == total.dtype:
+        if first:
+            torch.mm(transposed, hidden, out=total)
+        else:
+            total.addmm_(transposed, hidden)
+    elif total.is_cuda:
+        if first:
+            torch.mm(transposed, hidden, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(transposed.to(total.dtype), hidden.to(total.dtype), beta=0 if first else 1)
+
+
+@triton.jit
+def _scaled_kernel(x_ptr, scale_ptr, row_scale_ptr, row_stride, out_ptr, n_elements, row_length, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n_elements
+    x = tl.load(x_ptr + offsets, mask=mask).to(tl.float32) * tl.load(scale_ptr).to(tl.float32)
+    if row_scale_ptr is not None:
+        x *= tl.load(row_scale_ptr + offsets // row_length * row_stride, mask=mask).to(tl.float32)
+    tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def scaled(
+    x: Tensor,  # (R, C), contiguous
+    scale: Tensor,  # ()
+    dtype: torch.dtype,
+    row_scale: Tensor | None,  # (R,)
+    in_place: bool,
+    use_kernel: bool,
+) -> Tensor:
+    """``x * scale * row_scale[:, None]`` in fp32, rounded once to dtype; over x itself where its dtype allows it."""
+    out = x if in_place and x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    if use_kernel and x.dtype != torch.float64:
+        block = 4096
+        with device_of(x):
+            _scaled_kernel[(triton.cdiv(x.numel(), block),)](
+                x,
+                scale,
+                row_scale,
+                0 if row_scale is None else row_scale.stride(0),
+                out,
+                x.numel(),
+                x.shape[-1],
+                BLOCK=block,
+                num_warps=8,
+            )
+        return out
+    x = x.to(accumulation_dtype(x.dtype))
+    if row_scale is not None:
+        x = x * row_scale.to(x.dtype).unsqueeze(1)
+    return torch.mul(x, scale.to(x.dtype), out=out)
+
+
+class HeadGradients:
+    """What a pass over the tiles accumulates: the gradients of hidden states, weight and bias, where they are needed.
+
+    Those not needed have shape (0,). The hidden states' is in the products' dtype, the others are in fp32 or float64.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, every_row: bool, need: tuple[bool, bool, bool]
+    ) -> None:
+        self.need_hidden, self.need_weight, self.need_bias = need
+        accumulate = accumulation_dtype(dtype)
+        # Every row is written by some tile, or starts as the zeros of a row that none computes.
+        make = torch.empty if every_row else torch.zeros
+        self.hidden = make(hidden.shape if self.need_hidden else (0,), dtype=dtype, device=hidden.device)
+        self.weight = torch.empty(weight.shape if self.need_weight else (0,), dtype=accumulate, device=hidden.device)
+        self.bias = torch.zeros(weight.shape[:1] if self.need_bias else (0,), dtype=accumulate, device=hidden.device)
+
+    def add(self, logit_gradient: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor | slice, first: bool) -> None:
+        if self.need_hidden:
+            if isinstance(rows, slice):
+                torch.mm(logit_gradient, weight, out=self.hidden[rows])
+            else:
+                self.hidden.index_copy_(0, rows, torch.mm(logit_gradient, weight))
+        if self.need_weight:
+            accumulate_weight_gradient(self.weight, logit_gradient, hidden, first)
+        if self.need_bias:
+            self.bias += logit_gradient.sum(0, dtype=self.bias.dtype)
+
+
+def run_tiles(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    on_tile: Callable[[Tensor, Tensor | None, Tensor | None], None],
+    *,
+    rows: Tensor | None,  # (N,)
+    n_valid: int,
+    compute_dtype: torch.dtype,
+    tile_bytes: int,
+    need: tuple[bool, bool, bool],
+) -> HeadGradients:
+    """Make logits a tile at a time, for the first ``n_valid`` rows of the permutation ``rows``, or for all in order.
+
+    ``on_tile(logits, row_index, gradient)`` gets (R, V) logits, the (R,) rows that they belong to (None: all N in their
+    order), and where a gradient is needed the buffer to write that of the logits to, which is the logits' own.
+    """
+    weight = weight.to(compute_dtype)
+    bias = None if bias is None else bias.to(compute_dtype)
+    every_row = rows is None and n_valid == len(hidden)
+    gradients = HeadGradients(hidden, weight, compute_dtype, every_row, need)
+    n_classes = weight.shape[0]
+    buffer: Tensor | None = None
+    for start, end in tiles(n_valid, n_classes, compute_dtype.itemsize, tile_bytes):
+        if buffer is None:
+            buffer = torch.empty((end - start, n_classes), dtype=compute_dtype, device=hidden.device)
+        where: Tensor | slice
+        row_index: Tensor | None
+        if rows is None:
+            where, x = slice(start, end), hidden[start:end]
+            whole = start == 0 and end == len(hidden)
+            row_index = None if whole else torch.arange(start, end, device=hidden.device)
+        else:
+            where = row_index = rows[start:end]
+            x = hidden.index_select(0, row_index)
+        x = x.to(compute_dtype)
+        logits = head_product(x, weight, bias, buffer[: end - start])
+        on_tile(logits, row_index, logits if any(need) else None)
+        if any(need):
+            gradients.add(logits, x, weight, where, first=start == 0)
+    if buffer is None:
+        gradients.weight.zero_()
+    return gradients

@@ -1,0 +1,512 @@
+"""Cross entropy of ``softmax(hidden @ weight.T)`` without the logits: the language-model head and its loss in one op.
+
+The logits exist a tile of rows at a time. Because the loss is a known reduction, each tile's gradient is formed in the
+forward, in the place of its logits, and multiplied on into both inputs' gradients: three matrix products in all, and
+the backward only scales. Rows whose label is ignored take part in none of them. The weight's gradient accumulates in
+fp32. The idea of forming gradients in the forward is Liger-Kernel's (Hsu et al., 2024, https://arxiv.org/abs/2410.10989);
+Wijmans et al., 2024 (Cut Cross-Entropy, https://arxiv.org/abs/2411.09009) instead recompute every logit.
+"""
+
+import functools
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import (
+    check_floating,
+    check_labels_in_range,
+    check_loss_options,
+    check_same_device,
+    check_vector,
+)
+from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
+from ._softmax_loss import RowLoss, accumulation_dtype, reduce_rows, softmax_loss_rows
+from ._tiles import DEFAULT_TILE_BYTES, partition_rows, run_tiles, scaled, without_autocast
+from .cross_entropy import CrossEntropyOutput, gather_outputs
+
+__all__ = ["DEFAULT_TILE_BYTES", "linear_cross_entropy"]
+
+# A probability of 1/V is subnormal in fp16: gradients of fp16 logits are kept times this until they meet fp32.
+_FP16_GRADIENT_SCALE = 1024.0
+
+
+def _gradient_scale(dtype: torch.dtype) -> float:
+    return _FP16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
+
+
+def _tile_loss(logits: Tensor, rows: Tensor | None, gradient: Tensor | None, *, labels: Tensor, **options: Any) -> None:
+    scale = _gradient_scale(logits.dtype)
+    softmax_loss_rows(logits, labels, rows=rows, gradient=gradient, gradient_scale=scale, **options)
+
+
+def _make_forward(use_kernel: bool) -> Any:
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        token_weights: Tensor | None,
+        class_weights: Tensor | None,
+        num_items: Tensor | None,
+        divisor: float | None,
+        ignore_index: int,
+        reduction: str,
+        inner: float,
+        outer: float,
+        label_smoothing: float,
+        z_loss: float,
+        token_scaling: bool,
+        compute_dtype: torch.dtype,
+        tile_bytes: int,
+        max_valid: int | None,
+        predict: bool,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, ...]:
+        n = len(labels)
+        dtype = accumulation_dtype(compute_dtype)
+        rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
+        # Rows that are dropped keep these zeros; so do those that a bound which is too small would drop.
+        per_row = torch.zeros((3, n), dtype=dtype, device=hidden.device)
+        token_loss, lse, row_weight = per_row.unbind()
+        weighted = token_weights is not None or class_weights is not None
+        predicted = torch.full((n if predict else 0,), -1, dtype=labels.dtype, device=labels.device)
+        with without_autocast(hidden):
+            gradients = run_tiles(
+                hidden,
+                weight,
+                bias,
+                functools.partial(
+                    _tile_loss,
+                    labels=labels,
+                    spec=RowLoss(ignore_index, inner, outer, label_smoothing, z_loss, token_scaling),
+                    token_weights=token_weights,
+                    class_weights=class_weights,
+                    token_loss=token_loss,
+                    lse=lse,
+                    row_weight=row_weight if weighted else None,
+                    predicted=predicted if predict else None,
+                    use_kernel=use_kernel,
+                ),
+                rows=rows,
+                n_valid=n_valid,
+                compute_dtype=compute_dtype,
+                tile_bytes=tile_bytes,
+                need=(need_hidden, need_weight, need_bias),
+            )
+        loss, scale = reduce_rows(
+            token_loss,
+            labels,
+            mean=reduction == "mean",
+            row_weight=row_weight if weighted else None,
+            divisor_tensor=num_items,
+            divisor=divisor,
+            ignore_index=ignore_index,
+            n_processed=n_valid,
+            gradient_scale=_gradient_scale(compute_dtype),
+            use_kernel=use_kernel,
+        )
+        if reduction == "none":
+            loss = token_loss.clone()
+        return (
+            loss,
+            token_loss.clone(),
+            lse.clone(),
+            predicted,
+            scale.clone(),
+            gradients.hidden,
+            gradients.weight,
+            gradients.bias,
+        )
+
+    return forward
+
+
+def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    reduction, compute_dtype = options[6], options[12]
+    predict, need_hidden, need_weight, need_bias = options[15:]
+    dtype = accumulation_dtype(compute_dtype)
+    rows = hidden.new_empty(labels.shape, dtype=dtype)
+    scalar = rows.new_empty(())
+    return (
+        torch.empty_like(rows if reduction == "none" else scalar),
+        rows,
+        torch.empty_like(rows),
+        labels.new_empty(labels.shape if predict else (0,)),
+        scalar,
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=dtype),
+    )
+
+
+def _make_scaled(use_kernel: bool) -> Any:
+    def scale_gradient(gradient: Tensor, factor: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return scaled(gradient, factor, dtype, row_scale, in_place=False, use_kernel=use_kernel)
+
+    return scale_gradient
+
+
+def _make_scaled_in_place(use_kernel: bool) -> Any:
+    def scale_gradient_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> None:
+        scaled(gradient, factor, gradient.dtype, row_scale, in_place=True, use_kernel=use_kernel)
+
+    return scale_gradient_
+
+
+def _fake_scaled(gradient: Tensor, factor: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _make_rows_backward(use_kernel: bool) -> Any:
+    def backward(
+        upstream: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        token_weights: Tensor | None,
+        class_weights: Tensor | None,
+        lse: Tensor,
+        ignore_index: int,
+        inner: float,
+        outer: float,
+        label_smoothing: float,
+        z_loss: float,
+        token_scaling: bool,
+        compute_dtype: torch.dtype,
+        tile_bytes: int,
+        max_valid: int | None,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
+        with without_autocast(hidden):
+            gradients = run_tiles(
+                hidden,
+                weight,
+                bias,
+                functools.partial(
+                    _tile_loss,
+                    labels=labels,
+                    spec=RowLoss(ignore_index, inner, outer, label_smoothing, z_loss, token_scaling),
+                    token_weights=token_weights,
+                    class_weights=class_weights,
+                    lse=lse,
+                    known_lse=True,
+                    upstream=upstream,
+                    use_kernel=use_kernel,
+                ),
+                rows=rows,
+                n_valid=n_valid,
+                compute_dtype=compute_dtype,
+                tile_bytes=tile_bytes,
+                need=(need_hidden, need_weight, need_bias),
+            )
+        return gradients.hidden, gradients.weight, gradients.bias
+
+    return backward
+
+
+def _fake_rows_backward(
+    upstream: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute_dtype = options[10]
+    need_hidden, need_weight, need_bias = options[13:]
+    dtype = accumulation_dtype(compute_dtype)
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=dtype),
+    )
+
+
+_TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? token_weights, Tensor? class_weights"
+_SPEC = "float inner, float outer, float label_smoothing, float z_loss, bool token_scaling"
+_ENGINE = "ScalarType compute_dtype, int tile_bytes, SymInt? max_valid"
+_NEED = "bool need_hidden, bool need_weight, bool need_bias"
+_OPTIONS = f"Tensor? num_items, float? divisor, int ignore_index, str reduction, {_SPEC}, {_ENGINE}, bool predict"
+
+_forward = define(
+    f"linear_cross_entropy_forward({_TENSORS}, {_OPTIONS}, {_NEED})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_make_forward(True),
+    reference=_make_forward(False),
+    fake=_fake_forward,
+)
+_scale_gradient = define(
+    "linear_cross_entropy_backward(Tensor gradient, Tensor factor, Tensor? row_scale, ScalarType dtype) -> Tensor",
+    kernel=_make_scaled(True),
+    reference=_make_scaled(False),
+    fake=_fake_scaled,
+)
+_scale_gradient_ = define(
+    "linear_cross_entropy_backward_(Tensor(a!) gradient, Tensor factor, Tensor? row_scale) -> ()",
+    kernel=_make_scaled_in_place(True),
+    reference=_make_scaled_in_place(False),
+    fake=lambda gradient, factor, row_scale: None,
+)
+_rows_backward = define(
+    f"linear_cross_entropy_rows_backward(Tensor upstream, {_TENSORS}, Tensor lse, int ignore_index, {_SPEC}, {_ENGINE},"
+    f" {_NEED}) -> (Tensor, Tensor, Tensor)",
+    kernel=_make_rows_backward(True),
+    reference=_make_rows_backward(False),
+    fake=_fake_rows_backward,
+)
+
+
+class _Options(NamedTuple):
+    """The op's arguments behind its first four."""
+
+    token_weights: Tensor | None
+    class_weights: Tensor | None
+    num_items: Tensor | None
+    divisor: float | None
+    ignore_index: int
+    reduction: str
+    inner: float
+    outer: float
+    label_smoothing: float
+    z_loss: float
+    token_scaling: bool
+    compute_dtype: torch.dtype
+    tile_bytes: int
+    max_valid: int | None
+    predict: bool
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients of a reduced loss wait, formed, for the one factor that is still to come."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
+        options = _Options(*arguments)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_bias = bias is not None and ctx.needs_input_grad[3]
+        ctx.per_row = options.reduction == "none"
+        # An unreduced loss has an upstream gradient a row, which the sum over rows in the weight's gradient can't take
+        # later: there the tiles are computed again in the backward. The gradient of hidden can take it.
+        ctx.again = ctx.per_row and (need_weight or need_bias)
+        need = (False,) * 3 if ctx.again else (need_hidden, need_weight, need_bias)
+        loss, token_loss, lse, predicted, scale, *gradients = _forward(hidden, weight, labels, bias, *options, *need)
+        ctx.mark_non_differentiable(token_loss, lse, predicted, scale)
+        ctx.set_materialize_grads(False)
+        ctx.need = (need_hidden, need_weight, need_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        if ctx.again:
+            ctx.save_for_backward(
+                hidden, weight, labels, bias, options.token_weights, options.class_weights, lse, scale
+            )
+        else:
+            ctx.save_for_backward(scale, *gradients)
+        ctx.options = options._replace(token_weights=None, class_weights=None, num_items=None)
+        return loss, token_loss, lse, predicted, scale
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_cross_entropy")
+        options: _Options = ctx.options
+        rest = (None,) * len(options)
+        if upstream is None:
+            return (None, None, None, None, *rest)
+        row_scale = None
+        if ctx.again:
+            *tensors, scale = ctx.saved_tensors
+            gradients = _rows_backward(
+                upstream,
+                *tensors,
+                options.ignore_index,
+                options.inner,
+                options.outer,
+                options.label_smoothing,
+                options.z_loss,
+                options.token_scaling,
+                options.compute_dtype,
+                options.tile_bytes,
+                options.max_valid,
+                *ctx.need,
+            )
+        else:
+            scale, *gradients = ctx.saved_tensors
+            row_scale = upstream if ctx.per_row else None
+        factor = scale if ctx.per_row else upstream * scale
+
+        def finished(i: int) -> Tensor | None:
+            return _scale_gradient(gradients[i], factor, row_scale, ctx.dtypes[i]) if ctx.need[i] else None
+
+        # A step's memory peaks here: what nobody will read again is scaled where it lies. Not so the weight's gradient:
+        # a leaf would copy what the graph holds as well.
+        if ctx.need[0] and gradients[0].dtype == ctx.dtypes[0] and not graph_is_kept():
+            _scale_gradient_(gradients[0], factor, row_scale)
+            hidden_gradient = gradients[0]
+        else:
+            hidden_gradient = finished(0)
+        return (hidden_gradient, finished(1), None, finished(2), *rest)
+
+
+def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any) -> Any:
+    if torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _LinearCrossEntropy.apply(hidden, weight, labels, bias, *options)
+    return _forward(hidden, weight, labels, bias, *options, False, False, False)[:5]
+
+
+_op = define_differentiable(
+    f"linear_cross_entropy({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _differentiable
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (*, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (*)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: Tensor | float | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: Tensor | None = None,  # (*)
+    class_weights: Tensor | None = None,  # (V,)
+    token_scaling: bool = False,
+    tile_bytes: int = DEFAULT_TILE_BYTES,
+    max_valid: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    outputs: Collection[str] = (),
+    check_labels: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """``cross_entropy(hidden @ weight.T + bias, labels)`` without ever building the logits.
+
+    The logits are ``softcap * tanh(logit_scale * l / softcap) / temperature`` (no tanh without a soft-cap) with
+    ``l = hidden @ weight.T + bias`` rounded to the products' dtype, as a linear layer rounds them; everything after is
+    in fp32 (in float64 for float64 inputs), and so is the accumulation of the weight's gradient.
+
+    Memory besides inputs and gradients: one tile of ``tile_bytes`` and, where the weight wants a gradient and is not in
+    fp32 itself, V * H fp32 numbers. Without grad mode one matrix product runs and nothing is kept.
+
+    Args:
+        hidden: (\\*, H), floating point; contiguous along H, else copied.
+        weight: (V, H), of hidden's dtype. Under autocast both may have any floating point dtype: the products run in
+            the autocast dtype, and the gradient of an fp32 weight is not rounded on its way.
+        labels: (\\*), integers in [0, V) or ``ignore_index``, already shifted.
+        bias: (V,) or None.
+        ignore_index: rows with this label are left out of every product.
+        reduction: ``"mean"`` over the labels not ignored (over their weights, with ``token_weights`` or
+            ``class_weights``), ``"sum"``, or ``"none"`` for the labels' shape, which takes any upstream gradient at the
+            price of a fourth product where the weight wants one.
+        num_items: divides the sum instead, for ``"mean"`` over gradient-accumulation steps; a number or a 0-dim tensor.
+        logit_scale, softcap, temperature: see above; softcap and temperature are above 0.
+        label_smoothing, z_loss: as in :func:`cross_entropy`.
+        token_weights: (\\*) factors of the tokens' losses; no gradient flows to them. In fp16 keep them below 30.
+        class_weights: (V,) as ``weight`` of :func:`torch.nn.functional.cross_entropy`; no gradient flows to them.
+        token_scaling: multiply each token's loss by its label's probability, taken as a constant (dynamic fine-tuning;
+            Wu et al., 2025, https://arxiv.org/abs/2508.05629). The mean's divisor does not change.
+        tile_bytes: bound of the logits tile, in bytes; a tile has at least one row.
+        max_valid: an upper bound, known to the host, of the number of labels that are not ignored. It spares the host
+            the wait for the device's own count. With a bound that is too small the loss is NaN.
+        compute_dtype: dtype of the products, where it is not to follow from autocast and the inputs.
+        outputs: names among ``token_loss``, ``token_accuracy``, ``predicted_tokens``, ``z_loss`` to return besides the
+            loss, none of which carries a gradient.
+        check_labels: also check on an accelerator that the labels are in range, which waits for the device.
+
+    Returns:
+        The loss in fp32, () or the labels' shape, or a :class:`CrossEntropyOutput` when ``outputs`` names something.
+
+    Raises:
+        TypeError: for a dtype that is not as above, or labels that are not integers.
+        ValueError: for shapes that don't match, an option outside its range, tensors on different devices, and, on the
+            CPU or with ``check_labels``, a label outside [0, V). Elsewhere such a label makes the loss NaN.
+        RuntimeError: in a double backward.
+    """
+    check_floating(hidden=hidden, weight=weight)
+    check_loss_options(reduction, label_smoothing, z_loss, softcap, temperature)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, class indices; got {labels.dtype}")
+    if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must have shape (V, {hidden.shape[-1] if hidden.dim() else '?'}) to match hidden's "
+            f"{tuple(hidden.shape)}; got {tuple(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must have hidden's shape without its last dimension, {tuple(hidden.shape[:-1])}; "
+            f"got {tuple(labels.shape)}"
+        )
+    n_classes = weight.shape[0]
+    check_vector("bias", bias, n_classes, "a number a row of weight")
+    check_vector("class_weights", class_weights, n_classes, "a weight a row of weight")
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(
+            f"token_weights must have labels' shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}"
+        )
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items divides the sum of the losses and goes with reduction='mean', got {reduction!r}")
+    if tile_bytes <= 0:
+        raise ValueError(f"tile_bytes must be above 0, got {tile_bytes}")
+    divisor = None if num_items is None or isinstance(num_items, Tensor) else float(num_items)
+    if divisor is not None and not divisor > 0:
+        raise ValueError(f"num_items must be above 0, got {num_items}")
+    items = num_items if isinstance(num_items, Tensor) else None
+    check_same_device(
+        hidden.device,
+        weight=weight,
+        labels=labels,
+        bias=bias,
+        token_weights=token_weights,
+        class_weights=class_weights,
+        num_items=items,
+    )
+    device_type = hidden.device.type
+    if compute_dtype is not None:
+        if not compute_dtype.is_floating_point:
+            raise TypeError(f"compute_dtype must be a floating point dtype, got {compute_dtype}")
+    elif torch.is_autocast_enabled(device_type):
+        compute_dtype = torch.get_autocast_dtype(device_type)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(f"weight must have hidden's dtype {hidden.dtype} outside of autocast, got {weight.dtype}")
+    else:
+        compute_dtype = hidden.dtype
+    flat_labels = labels.reshape(-1).long()
+    if check_labels or (device_type == "cpu" and not torch.compiler.is_compiling()):
+        check_labels_in_range(flat_labels, n_classes, ignore_index)
+    spec = RowLoss.of(ignore_index, logit_scale, softcap, temperature, label_smoothing, z_loss, token_scaling)
+    predict = "token_accuracy" in outputs or "predicted_tokens" in outputs
+    loss, token_loss, lse, predicted, scale = _op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        flat_labels,
+        bias,
+        None if token_weights is None else token_weights.reshape(-1),
+        class_weights,
+        items,
+        divisor,
+        ignore_index,
+        reduction,
+        *spec[1:],
+        compute_dtype,
+        tile_bytes,
+        max_valid,
+        predict,
+    )
+    return gather_outputs(
+        outputs,
+        labels,
+        loss,
+        token_loss,
+        lse,
+        predicted,
+        scale * _gradient_scale(compute_dtype) if "z_loss" in outputs else scale,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        z_loss=z_loss,
+        token_weights=None if token_weights is None else token_weights.reshape(-1),
+    )
