@@ -1,0 +1,133 @@
+"""The modules against the formulas they stand for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from liger_trainer.modules import LigerGEGLUMLP, LigerLayerNorm, LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
+
+
+def config(**changes):
+    return SimpleNamespace(**({"hidden_size": 6, "intermediate_size": 10, "hidden_act": "silu"} | changes))
+
+
+def assert_same_with_gradients(module, function, x):
+    """The module and a function of (x, its parameters by name) agree, in results and in every gradient."""
+    inputs = x, *module.parameters()
+    ours = module(x)
+    expected = function(x, **{name.replace(".", "_"): p for name, p in module.named_parameters()})
+    torch.testing.assert_close(ours, expected)
+    dy = torch.randn_like(ours)
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(expected, inputs, dy))
+
+
+def shaken(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    return module
+
+
+def test_rms_norm():
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    assert torch.equal(LigerRMSNorm(8).weight, torch.ones(8))
+    assert torch.equal(LigerRMSNorm(8, init_fn="zeros").weight, torch.zeros(8))
+    assert_same_with_gradients(shaken(LigerRMSNorm(8, 1e-3)), lambda x, weight: F.rms_norm(x, (8,), weight, 1e-3), x)
+    gemma = shaken(LigerRMSNorm(8, 1e-3, 1.0, "gemma", "zeros", False, None))
+    assert_same_with_gradients(gemma, lambda x, weight: F.rms_norm(x, (8,), 1 + weight, 1e-3), x)
+    bare = LigerRMSNorm(8, elementwise_affine=False)
+    assert bare.weight is None
+    assert not bare.state_dict()
+    assert_same_with_gradients(bare, lambda x: F.rms_norm(x, (8,), None, 1e-6), x)
+    assert "eps=1e-06" in repr(bare)
+    with pytest.raises(ValueError, match="init_fn must be one of"):
+        LigerRMSNorm(8, init_fn="ons")
+    with pytest.raises(ValueError, match="casting must be one of"):
+        LigerRMSNorm(8, casting_mode="lama")(x)
+
+
+def test_layer_norm():
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    module = LigerLayerNorm(8, eps=1e-3, bias=True, impl="triton")
+    assert set(module.state_dict()) == {"weight", "bias"}
+    assert_same_with_gradients(shaken(module), lambda x, weight, bias: F.layer_norm(x, (8,), weight, bias, 1e-3), x)
+    with pytest.raises(ValueError, match="init_fn must be one of"):
+        LigerLayerNorm(8, init_fn="ons")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "act", "function"),
+    [
+        (LigerSwiGLUMLP, "silu", F.silu),
+        (LigerSwiGLUMLP, "swish", F.silu),
+        (LigerGEGLUMLP, "gelu_pytorch_tanh", lambda x: F.gelu(x, approximate="tanh")),
+        (LigerGEGLUMLP, "gelu", F.gelu),
+    ],
+)
+def test_gated_mlp(cls, act, function, bias):
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    module = cls(config(hidden_act=act, mlp_bias=bias), intermediate_size=14)
+    assert module.gate_proj.weight.shape == (14, 6)
+
+    def expected(x, gate_proj_weight, up_proj_weight, down_proj_weight, **biases):
+        gate = F.linear(x, gate_proj_weight, biases.get("gate_proj_bias"))
+        up = F.linear(x, up_proj_weight, biases.get("up_proj_bias"))
+        return F.linear(function(gate) * up, down_proj_weight, biases.get("down_proj_bias"))
+
+    assert_same_with_gradients(module, expected, x)
+
+
+def test_activation_that_the_module_does_not_have():
+    with pytest.raises(ValueError, match=r"config.hidden_act must be one of .* got 'gelu'"):
+        LigerSwiGLUMLP(config(hidden_act="gelu"))
+    with pytest.raises(ValueError, match=r"config.hidden_activation must be one of .* got 'relu'"):
+        LigerGEGLUMLP(config(hidden_activation="relu"))
+    assert LigerGEGLUMLP(config(hidden_activation="gelu_pytorch_tanh")).approximate == "tanh"
+    assert LigerGEGLUMLP(config(hidden_act=None)).approximate == "tanh"
+
+
+def test_projections_are_called_not_read():
+    """Quantised and adapted layers replace what a projection does; its weight alone would not tell."""
+    module = LigerSwiGLUMLP(config())
+    module.gate_proj = nn.Sequential(nn.Linear(6, 10), nn.Tanh())
+    x = torch.randn(4, 6)
+    expected = module.down_proj(F.silu(module.gate_proj(x)) * module.up_proj(x))
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_rotary():
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    half = torch.randn(1, 5, 4)
+    cos, sin = (torch.cat((t, t), -1) for t in (half.cos(), half.sin()))
+
+    def rotate(x):
+        turned = torch.cat((-x[..., 4:], x[..., :4]), -1)
+        return x * cos[:, None] + turned * sin[:, None]
+
+    token_major = liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+    for pair in (
+        liger_rotary_pos_emb(q, k, cos, sin),
+        liger_rotary_pos_emb(q, k, cos, sin, torch.arange(5)[None], 1),
+        liger_rotary_pos_emb(q, k, half.cos(), half.sin(), rotary_dim=8),
+        [t.transpose(1, 2) for t in token_major],
+    ):
+        torch.testing.assert_close(pair[0], rotate(q))
+        torch.testing.assert_close(pair[1], rotate(k))
+    with pytest.raises(ValueError, match="rotary_dim must be the width of cos, 8, or twice it; got 6"):
+        liger_rotary_pos_emb(q, k, cos, sin, rotary_dim=6)
+
+
+def test_kernels_and_modules_import_neither_transformers_nor_trl():
+    code = (
+        "import sys, liger_trainer.kernels, liger_trainer.modules;"
+        "sys.exit(' '.join({'transformers', 'trl', 'accelerate', 'peft'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
