@@ -1,0 +1,448 @@
+"""Logits that are not there yet: what a patched LM head returns inside a forward that was given labels.
+
+:class:`DeferredLogits` holds the head's input and weight and records what the model does to its logits on the way to
+the loss: casts, scaling, a soft-cap, slices, reshapes. When it meets :func:`torch.nn.functional.cross_entropy`, the
+fused op runs and no logits are made. Any other use materialises them and goes on with an ordinary tensor, so code that
+this file has never heard of stays correct. :mod:`.lazy_logits` is the form in which an evaluation hands
+them out.
+
+It is a ``NamedTuple`` that speaks ``__torch_function__``, and not a tensor subclass, since Dynamo refuses a wrapper
+subclass made inside a graph, and since a ``NamedTuple`` is the one container that DDP, both FSDPs and DeepSpeed
+traverse and rebuild with its type.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import DEFAULT_TILE_BYTES, cross_entropy, linear_cross_entropy
+from .counted_labels import CountedLabels
+
+__all__ = ["DeferredLogits", "Head", "defer", "label_smoothing"]
+
+
+class _Tie(torch.autograd.Function):
+    """Hands on hidden states, weight and bias through one node.
+
+    Their gradients come back together, so that a sharding framework's pre-backward hook on the hidden states has run
+    before the weight's gradient is accumulated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        return hidden.view_as(hidden), weight.view_as(weight), None if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+
+class Head:
+    """The LM head as one forward met it. Opaque to frameworks that look for tensors in a module's outputs.
+
+    Its tensors are let go after the loss, so that ``outputs.logits`` pins no weight; later uses take the module's.
+    """
+
+    __slots__ = ("bias", "compute_dtype", "module", "n_classes", "tile_bytes", "weight")
+
+    def __init__(self, module: nn.Linear, compute_dtype: torch.dtype, tile_bytes: int | None) -> None:
+        self.module: weakref.ref[nn.Linear] = weakref.ref(module)
+        self.compute_dtype = compute_dtype
+        self.tile_bytes = DEFAULT_TILE_BYTES if tile_bytes is None else tile_bytes
+        self.n_classes = module.weight.shape[0]
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """The weight (V, H) and bias (V,).
+
+        Raises:
+            RuntimeError: after the loss, when the head's module is gone or no longer holds its whole weight.
+        """
+        if self.weight is not None:
+            return self.weight, self.bias
+        module = self.module()
+        if module is None or module.weight.dim() != 2 or module.weight.shape[0] != self.n_classes:
+            raise RuntimeError(
+                "outputs.logits were not built, since the fused loss did not need them, and the LM head's weight is no "
+                "longer whole. Read the logits from a forward without labels, or patch with "
+                "fused_linear_cross_entropy=False."
+            )
+        return module.weight, module.bias
+
+    def release(self) -> None:
+        self.weight = self.bias = None
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """What happened to the logits: ``inner * l``, or ``outer * tanh(inner * l)`` once capped; then a cast.
+
+    ``n_classes`` counts the columns that are left of the head's.
+    """
+
+    dtype: torch.dtype
+    n_classes: int
+    inner: float = 1.0
+    outer: float = 1.0
+    capped: bool = False
+
+    def times(self, factor: float) -> _Transform:
+        if self.capped:
+            return replace(self, outer=self.outer * factor)
+        return replace(self, inner=self.inner * factor)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        logits = logits[..., : self.n_classes].to(self.dtype)
+        if self.inner != 1:
+            logits = logits * self.inner
+        if self.capped:
+            logits = torch.tanh(logits) * self.outer
+        return logits
+
+    def loss_options(self) -> dict[str, Any]:
+        if self.capped:
+            return {"softcap": self.outer, "logit_scale": self.inner * self.outer}
+        return {"logit_scale": self.inner}
+
+
+class _Cell:
+    """Keeps the logits once they were materialised, so that an in-place change of them is seen by later uses."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+
+class _Fields(NamedTuple):
+    hidden: Tensor  # (*, H); the logits (*, V) themselves where head is None
+    head: Head | None
+    transform: _Transform
+    cell: _Cell
+
+
+_SMOOTHING: list[_Smoothing] = []
+
+
+@dataclass
+class _Smoothing:
+    value: float
+    applied: bool = False
+
+
+@contextmanager
+def label_smoothing(value: float) -> Iterator[_Smoothing]:
+    """Smooth the labels of every deferred cross entropy inside by ``value``, in [0, 1).
+
+    Yields:
+        An object whose ``applied`` becomes True when a cross entropy took it over.
+    """
+    smoothing = _Smoothing(value)
+    _SMOOTHING.append(smoothing)
+    try:
+        yield smoothing
+    finally:
+        _SMOOTHING.pop()
+
+
+class DeferredLogits(_Fields):
+    """Logits of shape (\\*, V) that a fused loss can do without; see the module's docstring."""
+
+    __slots__ = ()
+
+    # -- what a tensor says of itself ------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.transform.n_classes))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transform.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def ndim(self) -> int:
+        return self.hidden.dim()
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.hidden.requires_grad
+
+    def dim(self) -> int:
+        return self.hidden.dim()
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    # -- what is recorded ------------------------------------------------------------------------------------------
+
+    def _with(self, hidden: Tensor | None = None, transform: _Transform | None = None) -> DeferredLogits:
+        return DeferredLogits(
+            self.hidden if hidden is None else hidden,
+            self.head,
+            self.transform if transform is None else transform,
+            _Cell(),
+        )
+
+    def _cast(self, dtype: torch.dtype) -> Any:
+        # A cast to a narrower type rounds, which the fused op would not.
+        if self.cell.value is not None or dtype.itemsize < self.dtype.itemsize or not dtype.is_floating_point:
+            return self.materialize().to(dtype)
+        return self if dtype == self.dtype else self._with(transform=replace(self.transform, dtype=dtype))
+
+    def float(self) -> Any:
+        return self._cast(torch.float32)
+
+    def double(self) -> Any:
+        return self._cast(torch.float64)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and len(args) == 1:
+            if isinstance(args[0], torch.dtype):
+                return self._cast(args[0])
+            if isinstance(args[0], (torch.device, str)) and torch.device(args[0]) == self.device:
+                return self
+        return self.materialize().to(*args, **kwargs)
+
+    def contiguous(self) -> Any:
+        return self
+
+    def _reshaped(self, name: str, shape: tuple[Any, ...]) -> Any:
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)):
+            shape = tuple(shape[0])
+        if self.cell.value is None and shape and all(isinstance(n, (int, torch.SymInt)) for n in shape):
+            leading, last = shape[:-1], shape[-1]
+            if last == -1 and -1 not in leading:
+                last = self.numel() // max(prod(leading), 1)
+            if last == self.shape[-1] and leading:
+                # view and reshape alike: the hidden states may be copied where the logits would not have been.
+                return self._with(self.hidden.reshape(*leading, self.hidden.shape[-1]))
+        return getattr(self.materialize(), name)(*shape)
+
+    def view(self, *shape: Any) -> Any:
+        return self._reshaped("view", shape)
+
+    def reshape(self, *shape: Any) -> Any:
+        return self._reshaped("reshape", shape)
+
+    def __getitem__(self, index: Any) -> Any:
+        items = index if isinstance(index, tuple) else (index,)
+        if self.cell.value is None:
+            rows, columns = _split_index(items, self.dim())
+            if rows is not None:
+                kept = self._with(self.hidden[rows])
+                if columns is None:
+                    return kept
+                width = len(range(*columns.indices(self.shape[-1])))
+                return kept._with(transform=replace(kept.transform, n_classes=width))
+        return self.materialize()[index]
+
+    def _times(self, factor: Any, invert: bool = False) -> Any:
+        if self.cell.value is None and isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor:
+            return self._with(transform=self.transform.times(1 / factor if invert else factor))
+        return self.materialize() / factor if invert else self.materialize() * factor
+
+    def __mul__(self, factor: Any) -> Any:
+        return self._times(factor)
+
+    __rmul__ = mul = __mul__
+
+    def __truediv__(self, factor: Any) -> Any:
+        return self._times(factor, invert=True)
+
+    div = __truediv__
+
+    def tanh(self) -> Any:
+        if self.cell.value is None and not self.transform.capped:
+            return self._with(transform=replace(self.transform, capped=True))
+        return self.materialize().tanh()
+
+    # -- where logits are needed after all -------------------------------------------------------------------------
+
+    def materialize(self) -> Tensor:
+        """Build the logits, differentiably.
+
+        Raises:
+            RuntimeError: after the loss, when the head's weight is no longer whole (see :meth:`Head.tensors`).
+        """
+        if self.cell.value is None:
+            logits = self.hidden
+            if self.head is not None:
+                weight, bias = self.head.tensors()
+                dtype = self.head.compute_dtype
+                # Inside autocast this is what autocast does; outside it the dtypes would not meet by themselves.
+                with torch.autocast(logits.device.type, enabled=False):
+                    logits = F.linear(logits.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            self.cell.value = self.transform.apply(logits)
+        return self.cell.value
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.materialize()[index] = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.materialize(), name)
+
+    def __repr__(self) -> str:
+        return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    __hash__ = object.__hash__
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        recorder = _RECORDED.get(func)
+        if recorder is not None and args and isinstance(args[0], DeferredLogits):
+            result = recorder(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*_materialized(args), **_materialized(kwargs))
+
+
+def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    def materialize_and_apply(self: DeferredLogits, *others: Any) -> Any:
+        return function(self.materialize(), *_materialized(others))
+
+    return materialize_and_apply
+
+
+# tuple has its own meaning for some of these; a caller who writes them means the tensor's.
+for _name in ("add", "sub", "neg", "eq", "ne", "lt", "le", "gt", "ge", "matmul", "pow", "floordiv", "mod", "abs"):
+    setattr(DeferredLogits, f"__{_name}__", _operator(getattr(operator, f"__{_name}__")))
+DeferredLogits.__radd__ = _operator(lambda logits, other: other + logits)  # type: ignore[attr-defined]
+DeferredLogits.__rsub__ = _operator(lambda logits, other: other - logits)  # type: ignore[attr-defined]
+DeferredLogits.__rtruediv__ = _operator(lambda logits, other: other / logits)  # type: ignore[attr-defined]
+
+
+def _materialized(value: Any) -> Any:
+    if isinstance(value, DeferredLogits):
+        return value.materialize()
+    if type(value) in (tuple, list):
+        return type(value)(_materialized(each) for each in value)
+    if type(value) is dict:
+        return {key: _materialized(each) for key, each in value.items()}
+    return value
+
+
+def _split_index(items: tuple[Any, ...], n_dims: int) -> tuple[tuple[Any, ...] | None, slice | None]:
+    """The part of an index that selects rows, and the slice of leading columns; (None, None) for any other index."""
+    ellipses = [i for i, item in enumerate(items) if item is Ellipsis]
+    if len(ellipses) > 1 or any(item is None or isinstance(item, bool) for item in items):
+        return None, None
+    spans = [item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1 for item in items]
+    missing = n_dims - (sum(spans) - len(ellipses))
+    if missing < 0:
+        return None, None
+    at = ellipses[0] if ellipses else len(items)
+    rows = [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
+    last = rows.pop()
+    if not isinstance(last, slice) or last.step not in (None, 1) or last.start not in (None, 0):
+        return None, None
+    return tuple(rows), None if last.stop is None else last
+
+
+def _fused_cross_entropy(
+    logits: DeferredLogits,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    fits = (
+        logits.cell.value is None
+        and isinstance(target, Tensor)
+        and not target.is_floating_point()
+        and logits.dim() == target.dim() + 1 == 2
+        and size_average is None
+        and reduce is None
+        and (not logits.transform.capped or logits.transform.outer > 0)
+    )
+    if not fits:
+        return NotImplemented
+    smoothing = label_smoothing
+    if _SMOOTHING and not label_smoothing:
+        smoothing = _SMOOTHING[-1].value
+        _SMOOTHING[-1].applied = True
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": smoothing,
+        **logits.transform.loss_options(),
+    }
+    n_classes = logits.transform.n_classes
+    max_valid = target.upper_bound(ignore_index) if isinstance(target, CountedLabels) else None
+    if isinstance(target, CountedLabels):
+        target = target.plain()
+    loss: Any
+    if logits.head is None:
+        loss = cross_entropy(logits.hidden[..., :n_classes], target, weight=weight, **options)
+    else:
+        head_weight, bias = logits.head.tensors()
+        if n_classes != logits.head.n_classes:
+            head_weight, bias = head_weight[:n_classes], None if bias is None else bias[:n_classes]
+        loss = linear_cross_entropy(
+            logits.hidden,
+            head_weight,
+            target,
+            bias=bias,
+            class_weights=weight,
+            tile_bytes=logits.head.tile_bytes,
+            max_valid=max_valid,
+            compute_dtype=logits.head.compute_dtype,
+            **options,
+        )
+        logits.head.release()
+    # PyTorch's loss has the logits' dtype, except where autocast lifts it to fp32.
+    return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
+
+
+_RECORDED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.cross_entropy: _fused_cross_entropy,
+    torch.tanh: DeferredLogits.tanh,
+    torch.mul: DeferredLogits.__mul__,
+    torch.div: lambda logits, factor, **rounding: NotImplemented if rounding else logits / factor,
+}
+
+
+def defer(
+    module: nn.Linear,
+    hidden: Tensor,  # (*, H)
+    *,
+    logits: Tensor | None,  # (*, V)
+    tile_bytes: int | None,
+) -> DeferredLogits:
+    """What the head ``module`` returns for ``hidden`` in place of logits; with ``logits`` they exist already."""
+    if logits is not None:
+        return DeferredLogits(logits, None, _Transform(logits.dtype, logits.shape[-1]), _Cell())
+    weight, bias = module.weight, module.bias
+    device_type = hidden.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    head = Head(module, torch.get_autocast_dtype(device_type) if autocast else hidden.dtype, tile_bytes)
+    if torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad:
+        hidden, weight, bias = _Tie.apply(hidden, weight, bias)
+    head.weight, head.bias = weight, bias
+    return DeferredLogits(hidden, head, _Transform(head.compute_dtype, head.n_classes), _Cell())

@@ -1,0 +1,146 @@
+"""The LM head and the loss behind it: recognised, joined by deferred logits.
+
+Two classes are swapped. The head's forward returns :class:`~.deferred_logits.DeferredLogits` while its model's forward
+works on labels, and logits at any other time; the model's forward, which is not copied but called, sets that span.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import class_swap
+from .counted_labels import count_labels
+from .deferred_logits import defer
+from .lazy_logits import settle
+from .options import Options
+from .recogniser import ClassSwap, Finding, Skip
+
+__all__ = ["recognise"]
+
+_LABEL_ARGUMENTS = ("labels", "shift_labels")
+
+
+@functools.cache
+def _head_members(fused: bool, tile_bytes: int | None) -> dict[str, Any]:
+    @functools.wraps(nn.Linear.forward)
+    def forward(self: nn.Linear, input: Tensor) -> Any:
+        if not self._liger_deferring:
+            return F.linear(input, self.weight, self.bias)
+        logits = None if fused else F.linear(input, self.weight, self.bias)
+        return defer(self, input, logits=logits, tile_bytes=tile_bytes)
+
+    return {"forward": forward, "_liger_deferring": False}
+
+
+@functools.cache
+def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
+    # Bound once: inspecting a signature in every forward costs more than the forward's own Python.
+    positions = {name: i for i, name in enumerate(inspect.signature(original).parameters) if name in _LABEL_ARGUMENTS}
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        head = self.get_output_embeddings()  # type: ignore[operator]
+        deferring = False
+        for name in _LABEL_ARGUMENTS:
+            if kwargs.get(name) is not None:
+                kwargs[name] = count_labels(kwargs[name])
+                deferring = True
+            elif name in positions and len(args) > positions[name] - 1 and args[positions[name] - 1] is not None:
+                deferring = True
+        if not deferring or not hasattr(head, "_liger_deferring"):
+            return original(self, *args, **kwargs)
+        head._liger_deferring = True
+        try:
+            outputs = original(self, *args, **kwargs)
+        finally:
+            if torch.compiler.is_compiling():
+                head._liger_deferring = False  # Dynamo can't replay a deletion
+            else:
+                del head._liger_deferring
+        return settle(outputs)
+
+    return {"forward": forward}
+
+
+def _check(head: nn.Module, fused: bool) -> str | None:
+    """Compare loss and gradients on small random tensors of the head's dtype and device with PyTorch's own."""
+    assert isinstance(head.weight, Tensor)
+    device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    dtype = head.weight.dtype
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 24), (37, 24))]
+    labels = torch.randint(37, (7,), generator=generator)
+    labels[2] = -100
+    results = []
+    for deferred in (True, False):
+        # Both start from the same rounded numbers.
+        hidden, weight = (
+            nn.Parameter(tensor.to(device, dtype).to(dtype if deferred else torch.float64)) for tensor in tensors
+        )
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            logits: Any = F.linear(hidden, weight)
+            if deferred:
+                stub = nn.Linear(24, 37, bias=False, device="meta")
+                stub.weight = weight
+                logits = defer(stub, hidden, logits=None if fused else logits, tile_bytes=3 * 37 * dtype.itemsize)
+            loss = F.cross_entropy(logits.double() if not deferred else logits.float(), labels.to(device))
+            results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 3e-2
+    for name, ours, reference in zip(("loss", "hidden's gradient", "weight's gradient"), *results, strict=True):
+        error = float((ours.detach().double() - reference.detach()).norm() / reference.detach().norm())
+        if not error < tolerance:
+            return f"the fused loss differs from PyTorch's here: {name} by {error:.1e}, more than {tolerance:.0e}"
+    return None
+
+
+def _models_with_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Every module that takes labels and names its head, with that head; (path, module, head's path, head)."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for path, module in model.named_modules():
+        if not callable(getattr(type(module), "get_output_embeddings", None)):
+            continue
+        if "labels" not in inspect.signature(type(module).forward).parameters:
+            continue
+        head = module.get_output_embeddings()
+        if isinstance(head, nn.Module) and id(head) in paths:
+            yield path, module, paths[id(head)], head
+
+
+def _reason_against(model: nn.Module, head: nn.Module) -> str | None:
+    if "forward" in vars(model):
+        return f"the forward of its {type(model).__name__} was replaced on the instance"
+    stock = class_swap.stock_class(head)
+    if stock.forward is not nn.Linear.forward or not isinstance(getattr(head, "weight", None), Tensor):
+        return f"it is a {stock.__module__}.{stock.__name__}, not a plain torch.nn.Linear"
+    if "forward" in vars(head):
+        return "its forward was replaced on the instance"
+    if not head.weight.is_floating_point():  # type: ignore[operator]
+        return f"its weight is {head.weight.dtype}, not floating point"
+    return None
+
+
+def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
+    """Find heads whose logits go to a loss inside their model's forward."""
+    if not (options.fused_linear_cross_entropy or options.cross_entropy):
+        return
+    fused = options.fused_linear_cross_entropy
+    kind = "fused_linear_cross_entropy" if fused else "cross_entropy"
+    seen: set[int] = set()
+    for path, module, head_path, head in _models_with_heads(model):
+        reason = _reason_against(module, head) or _check(head, fused)
+        if reason is not None:
+            yield Skip(kind, head_path, type(head).__name__, reason)
+            continue
+        if id(head) not in seen:
+            seen.add(id(head))
+            kernel = "linear_cross_entropy" if fused else "cross_entropy"
+            yield ClassSwap(kind, head_path, kernel, head, functools.partial(_head_members, fused, options.tile_bytes))
+        original = class_swap.stock_class(module).forward
+        yield ClassSwap(kind, path, "deferred logits", module, functools.partial(_model_members, original))

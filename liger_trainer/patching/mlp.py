@@ -1,0 +1,222 @@
+"""Recognising gated MLPs, ``down(activation(gate(x)) * up(x))``, by what they compute.
+
+A gated MLP has three projections as children, or two where gate and up are one projection whose output is halved
+(Phi-3), and otherwise nothing but parameterless modules such as its activation. Which projection is which, and which
+activation it uses, is found by running its own forward on small random projections: names do not matter, and clamps,
+multipliers, inner norms and casts show as a difference in bf16. The replacement calls the projections as modules and
+never reads their weights, so that adapters, quantised layers and hooks on them stay in force.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from .class_swap import stock_class
+from .forwards import renamed_like, takes_one_input
+from .options import Options
+from .probe import Call, Noise, compute_device, difference, fingerprint, nearly_bitwise, quiet, shadow, training_dtype
+from .recogniser import ClassSwap, Finding, Skip
+
+__all__ = ["recognise"]
+
+KIND = "mlp"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation of the gate: ``silu``, or ``gelu`` in its exact or its tanh form."""
+
+    name: Literal["silu", "gelu"]
+    approximate: str = "none"
+
+    def eager(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.name == "silu":
+            return nn.functional.silu(gate) * up
+        return nn.functional.gelu(gate, approximate=self.approximate) * up
+
+    def fused(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.name == "silu":
+            return kernels.swiglu(gate, up)
+        return kernels.geglu(gate, up, approximate=self.approximate)
+
+    def __str__(self) -> str:
+        return "swiglu" if self.name == "silu" else f"geglu({self.approximate})"
+
+
+ACTIVATIONS = (Activation("silu"), Activation("gelu", "tanh"), Activation("gelu", "none"))
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which child is which projection.
+
+    Attributes:
+        gate, up: names of the children. Equal where one projection gives both.
+        down: name of the child.
+        gate_first: for one projection of both, whether the gate is the first half of its output.
+    """
+
+    gate: str
+    up: str
+    down: str
+    gate_first: bool = True
+
+    def run(self, mlp: Any, x: Tensor, activate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The forward of mlp, with ``activate(gate, up)`` between its projections."""
+        if self.gate != self.up:
+            return getattr(mlp, self.down)(activate(getattr(mlp, self.gate)(x), getattr(mlp, self.up)(x)))
+        first, second = getattr(mlp, self.gate)(x).chunk(2, dim=-1)
+        return getattr(mlp, self.down)(activate(first, second) if self.gate_first else activate(second, first))
+
+
+class StubProjection(nn.Module):
+    """A random projection of low rank: the cost of a probe does not grow with the product of the two sizes.
+
+    It has no ``weight``, so that a forward which reads one is found out.
+    """
+
+    RANK = 8
+
+    def __init__(self, in_features: int, out_features: int, noise: Noise, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.squeeze = nn.Parameter(noise.normal(in_features, self.RANK, dtype=dtype, scale=in_features**-0.5))
+        self.expand = nn.Parameter(noise.normal(self.RANK, out_features, dtype=dtype, scale=self.RANK**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.squeeze @ self.expand
+
+
+def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
+    """Find the gated MLPs of model; see :class:`liger_trainer.patching.recogniser.Recogniser`."""
+    if not options.mlp:
+        return
+    known: dict[Any, tuple[Roles, Activation] | str] = {}
+    for path, module in model.named_modules():
+        candidates = _possible_roles(module)
+        if not candidates:
+            continue
+        key = fingerprint(module, frozenset(_projections(module)))
+        if key not in known:
+            known[key] = _identify(module, candidates)
+        found = known[key]
+        stock = stock_class(module)
+        if isinstance(found, str):
+            yield Skip(KIND, path, stock.__name__, found)
+        else:
+            yield ClassSwap(KIND, path, str(found[1]), module, functools.partial(_members, stock, *found))
+
+
+def _projections(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: child
+        for name, child in module.named_children()
+        if isinstance(getattr(child, "in_features", None), int)
+        and isinstance(getattr(child, "out_features", None), int)
+    }
+
+
+def _possible_roles(module: nn.Module) -> list[Roles]:
+    """The assignments of roles to module's projections that their sizes allow; none for what is no gated MLP."""
+    projections = _projections(module)
+    sizes = {name: (child.in_features, child.out_features) for name, child in projections.items()}
+    found = []
+    if len(sizes) == 3 and takes_one_input(stock_class(module).forward):
+        for gate, up, down in itertools.permutations(sizes):
+            if sizes[gate] == sizes[up] and sizes[down][0] == sizes[gate][1]:
+                found.append(Roles(gate, up, down))
+    elif len(sizes) == 2 and takes_one_input(stock_class(module).forward):
+        for both, down in itertools.permutations(sizes):
+            if sizes[both][1] == 2 * sizes[down][0]:
+                found += [Roles(both, both, down, gate_first) for gate_first in (True, False)]
+    return found
+
+
+def _identify(module: nn.Module, candidates: list[Roles]) -> tuple[Roles, Activation] | str:
+    projections = _projections(module)
+    if "forward" in vars(module):
+        return "its forward is set on the instance, as device hooks and kernelize do"
+    if any(True for _ in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))):
+        return "has parameters or buffers of its own"
+    for name, child in module.named_children():
+        if name in projections:
+            continue
+        if isinstance(child, nn.modules.dropout._DropoutNd):
+            return f"has dropout ({name})"
+        if any(True for _ in child.parameters()):
+            return f"has a child with parameters ({name}: {type(child).__name__})"
+    parameters = [p for child in projections.values() for p in child.parameters()]
+    with quiet(compute_device(parameters)):
+        found = _match(module, candidates)
+        if isinstance(found, str):
+            return found
+        # The two forms of GELU are all but equal in bf16; in fp32 one of them is wrong.
+        dtypes = dict.fromkeys([training_dtype(parameters), torch.bfloat16, torch.float32])
+        reasons = []
+        for roles, activation in found:
+            reason = next(filter(None, (_disagreement(module, roles, activation, dtype) for dtype in dtypes)), None)
+            if reason is None:
+                return roles, activation
+            reasons.append(reason)
+    return reasons[0]
+
+
+def _probe(module: nn.Module, roles: Roles, dtype: torch.dtype) -> tuple[Any, Tensor]:
+    """module with random projections of dtype, and an input for it."""
+    projections = _projections(module)
+    noise = Noise(compute_device([p for child in projections.values() for p in child.parameters()]))
+    mlp = shadow(
+        module,
+        {
+            name: StubProjection(child.in_features, child.out_features, noise, dtype)
+            for name, child in projections.items()
+        },
+    )
+    return mlp, noise.rows(2, 5, projections[roles.gate].in_features, dtype=dtype).requires_grad_()
+
+
+def _match(module: nn.Module, candidates: list[Roles]) -> list[tuple[Roles, Activation]] | str:
+    """The roles and activations that give module's bf16 output bit for bit, for projections of our own."""
+    mlp, x = _probe(module, candidates[0], torch.bfloat16)
+    theirs = {training: Call.of(mlp.train(training).forward, [x]) for training in (True, False)}
+    for call in theirs.values():
+        if isinstance(call, str):
+            return f"its forward {call}, on a probe"
+    found = []
+    for roles, activation in itertools.product(candidates, ACTIVATIONS):
+        ours = Call.of(functools.partial(roles.run, mlp, activate=activation.eager), [x])
+        if all(nearly_bitwise(ours, call) for call in theirs.values()):
+            found.append((roles, activation))
+    return found or "computes something else than down(silu or gelu(gate(x)) * up(x)), which shows in bfloat16"
+
+
+def _disagreement(module: nn.Module, roles: Roles, activation: Activation, dtype: torch.dtype) -> str | None:
+    where = f"in {dtype}".replace("torch.", "")
+    mlp, x = _probe(module, roles, dtype)
+    forward = _forward(roles, activation)
+    weights = list(mlp.parameters())
+    ours = Call.of(functools.partial(forward, mlp), [x], weights)
+    return difference(ours, Call.of(mlp.forward, [x], weights), where)
+
+
+@functools.cache
+def _forward(roles: Roles, activation: Activation) -> Callable[[Any, Tensor], Tensor]:
+    activate = activation.fused
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return roles.run(self, x, activate)
+
+    return forward
+
+
+@functools.cache
+def _members(stock: Any, roles: Roles, activation: Activation) -> dict[str, Any]:
+    return {"forward": renamed_like(_forward(roles, activation), stock.forward)}

@@ -1,0 +1,60 @@
+"""The options of :func:`liger_trainer.apply_liger_kernel`, checked in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be replaced.
+
+    Args:
+        rope: the rotary position embedding inside attention modules.
+        rms_norm: RMS norms.
+        layer_norm: layer norms.
+        mlp: gated MLPs (SwiGLU, GEGLU).
+        cross_entropy: the loss on materialised logits. Excludes ``fused_linear_cross_entropy``.
+        fused_linear_cross_entropy: LM head and loss as one op, without logits.
+        tile_bytes: size in bytes of the largest logits tile of the fused head; None takes the kernel's default.
+    """
+
+    rope: bool = True
+    rms_norm: bool = True
+    layer_norm: bool = True
+    mlp: bool = True
+    cross_entropy: bool = False
+    fused_linear_cross_entropy: bool = True
+    tile_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> Self:
+        """Build from keyword options.
+
+        Raises:
+            TypeError: an unknown option, a switch that is not a bool, or a ``tile_bytes`` that is not an int.
+            ValueError: ``tile_bytes`` below 1, or both cross-entropy switches on.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"unknown option {name!r}; the known options are {', '.join(known)}")
+        parsed = cls(**options)
+        for name in known:
+            value = getattr(parsed, name)
+            if name == "tile_bytes":
+                if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                    raise TypeError(f"tile_bytes must be an int or None, got {value!r}")
+            elif not isinstance(value, bool):
+                raise TypeError(f"option {name} must be True or False, got {value!r}")
+        if parsed.tile_bytes is not None and parsed.tile_bytes < 1:
+            raise ValueError(f"tile_bytes must be at least 1, got {parsed.tile_bytes}")
+        if parsed.cross_entropy and parsed.fused_linear_cross_entropy:
+            raise ValueError(
+                "cross_entropy=True and fused_linear_cross_entropy=True exclude each other: the fused head leaves no "
+                "logits for a cross-entropy kernel. Set one of them to False."
+            )
+        return parsed

@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from liger_trainer import kernels
+from liger_trainer.patching import apply_liger_kernel, is_patched, plan, revert
+
+OPTIONS = {"fused_linear_cross_entropy": False}
+ONLY_ROPE = {"rms_norm": False, "mlp": False, "layer_norm": False, **OPTIONS}
+
+
+def rotate_half(x):
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def rotate_neighbours(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def half(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def heads_last(query, key, c, s, unsqueeze_dim=2):
+    return half(query, key, c, s, unsqueeze_dim)
+
+
+def positioned(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    return half(q, k, cos, sin, unsqueeze_dim)
+
+
+def without_option(q, k, cos, sin):
+    return half(q, k, cos, sin)
+
+
+def neighbours(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_neighbours(q) * sin, k * cos + rotate_neighbours(k) * sin
+
+
+def neighbours_half_tables(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = (t[..., : t.shape[-1] // 2].repeat_interleave(2, dim=-1) for t in (cos, sin))
+    return neighbours(q, k, cos, sin, unsqueeze_dim)
+
+
+def in_float(q, k, cos, sin, unsqueeze_dim=1):
+    new_q, new_k = half(q.float(), k.float(), cos.float(), sin.float(), unsqueeze_dim)
+    return new_q.to(q.dtype), new_k.to(k.dtype)
+
+
+def partial(q, k, cos, sin, unsqueeze_dim=1):
+    width = cos.shape[-1]
+    new_q, new_k = half(q[..., :width], k[..., :width], cos, sin, unsqueeze_dim)
+    return torch.cat((new_q, q[..., width:]), -1), torch.cat((new_k, k[..., width:]), -1)
+
+
+def wrong_sign(q, k, cos, sin, unsqueeze_dim=1):
+    return half(q, k, cos, -sin, unsqueeze_dim)
+
+
+def scaled(q, k, cos, sin, unsqueeze_dim=1):
+    new_q, new_k = half(q, k, cos, sin, unsqueeze_dim)
+    return new_q, new_k * 1.01
+
+
+def keys_detached(q, k, cos, sin, unsqueeze_dim=1):
+    return half(q, k.detach(), cos, sin, unsqueeze_dim)
+
+
+class Attention(nn.Module):
+    head_dim = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+
+def attention(function, forward_source="    return {name}(q, k, cos, sin)\n", name="apply_rotary_pos_emb"):
+    """An attention module in a module (namespace) of its own that calls function by its global name."""
+    namespace = types.ModuleType("an_attention")
+    vars(namespace)[name] = function
+    exec("def forward(self, q, k, cos, sin):\n" + forward_source.format(name=name), vars(namespace))
+    return type("Attention", (Attention,), {"forward": namespace.forward})()
+
+
+def tensors(dtype=torch.float32, table_dtype=None, head_dim=12, width=None, place=1):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 5, head_dim, generator=generator).to(dtype) for heads in (6, 3))
+    cos, sin = (torch.randn(2, 5, width or head_dim, generator=generator).to(table_dtype or dtype) for _ in range(2))
+    q, k = (t if place == 1 else t.transpose(1, 2) for t in (q, k))
+    return [t.requires_grad_() for t in (q, k)] + [cos, sin]
+
+
+def run(function, inputs):
+    outputs = function(*inputs)
+    upstream = [torch.linspace(0, 99, y.numel()).cos().bfloat16().view(y.shape).to(y.dtype) for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, inputs[:2], upstream)]
+
+
+def assert_same(ours, theirs, tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of the kernel."""
+    seen, rotary = [], kernels.rotary
+
+    def counted(*args, **options):
+        seen.append(options)
+        return rotary(*args, **options)
+
+    monkeypatch.setattr(kernels, "rotary", counted)
+    return seen
+
+
+KNOWN = [
+    (half, "rotary", 1),
+    (heads_last, "rotary", 2),
+    (positioned, "rotary", 1),
+    (without_option, "rotary", 1),
+    (neighbours, "rotary(interleaved)", 1),
+    (neighbours_half_tables, "rotary(interleaved)", 1),
+    (in_float, "rotary", 1),
+    (partial, "rotary", 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("function", "kernel", "place"), KNOWN)
+def test_known_functions(function, kernel, place, dtype, calls):
+    module = attention(function).to(dtype)
+    inputs = tensors(dtype, place=place)
+    theirs = run(module, inputs)
+    report = apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    assert [(entry.path, entry.kernel) for entry in report.replaced] == [("attn", kernel)]
+    calls.clear()
+    assert_same(run(module, inputs), theirs, 1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("function", "kernel", "place"), KNOWN)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_mixed_dtypes_give_what_the_original_gives(function, kernel, place, dtypes):
+    module = attention(function)
+    inputs = tensors(*dtypes, place=place)
+    theirs = run(module, inputs)
+    apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    assert_same(run(module, inputs), theirs, 1e-2)
+
+
+def test_narrow_tables_rotate_only_where_the_original_does(calls):
+    for function, served in ((partial, 1), (half, 0)):
+        module = attention(function)
+        apply_liger_kernel(nn.ModuleDict({"attn": module}))
+        inputs = tensors(width=8)
+        calls.clear()
+        if served:
+            assert_same(run(module, inputs), run(function, inputs), 1e-6)
+        else:
+            with pytest.raises(RuntimeError):  # the original's own error
+                module(*inputs)
+        assert len(calls) == served
+
+
+def test_what_the_kernel_does_not_take_goes_to_the_original(calls):
+    source = "    return {name}(q, k, cos, sin, unsqueeze_dim=0 if cos.dim() == 2 else 1)\n"
+    module = attention(half, source)
+    apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    calls.clear()
+    q, k, cos, sin = tensors()
+    assert_same(module(q, k, cos[0], sin[0]), half(q, k, cos[0], sin[0], 0), 0)
+    learned = cos.clone().requires_grad_()
+    module(q, k, learned, sin)[0].sum().backward()
+    assert learned.grad is not None
+    assert not calls
+    module(q, k, cos, sin)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["q", "cos"])
+def test_arguments_by_name(name, calls):
+    source = {
+        "q": "    return {name}(k=k, q=q, sin=sin, cos=cos, unsqueeze_dim=1)\n",
+        "cos": "    return {name}(q, k, sin=sin, cos=cos)\n",
+    }[name]
+    module = attention(half, source)
+    inputs = tensors()
+    apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    calls.clear()
+    assert_same(run(module, inputs), run(half, inputs), 1e-6)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("function", [wrong_sign, scaled, keys_detached, lambda q, k, cos, sin: (q, k)])
+def test_what_only_looks_like_rotary_is_left_alone(function):
+    module = attention(function)
+    (entry,) = plan(nn.ModuleDict({"attn": module})).skipped
+    assert entry.kind == "rope"
+    assert entry.reason == "apply_rotary_pos_emb: computes none of the known rotations"
+
+
+def test_other_signatures_are_left_alone():
+    def single(x, cos, sin):
+        return x
+
+    source = "    return {name}(q, cos, sin), {name}(k, cos, sin)\n"
+    (entry,) = plan(nn.ModuleDict({"attn": attention(single, source)})).skipped
+    assert "takes (x, cos, sin), not (q, k, cos, sin)" in entry.reason
+
+
+def test_functions_of_four_arguments_that_are_no_rotary_are_passed_over():
+    model = nn.ModuleDict({"attn": attention(lambda q, k, cos, sin: (q, k), name="combine")})
+    assert not plan(model).skipped
+
+
+def test_a_decorated_forward_is_left_alone():
+    module = attention(half)
+    inner = type(module).forward
+
+    @functools.wraps(inner)
+    def wrapper(self, *args):
+        return inner(self, *args)
+
+    type(module).forward = wrapper
+    (entry,) = plan(nn.ModuleDict({"attn": module})).skipped
+    assert entry.reason == "apply_rotary_pos_emb: its forward is decorated"
+
+
+def test_a_name_with_another_use_is_left_alone():
+    source = "    self.proj.{name} = 1\n    return {name}(q, k, cos, sin)\n"
+    (entry,) = plan(nn.ModuleDict({"attn": attention(half, source)})).skipped
+    assert "for something else as well" in entry.reason
+
+
+def test_a_forward_set_on_the_instance_is_left_alone():
+    module = attention(half)
+    module.forward = module.forward
+    (entry,) = plan(nn.ModuleDict({"attn": module})).skipped
+    assert "set on the instance" in entry.reason
+
+
+def test_a_function_that_was_made_a_module():
+    """The ``kernels`` package, where it is installed, makes modules of decorated functions."""
+
+    class Func(nn.Module):
+        def forward(self, *args, **kwargs):
+            return half(*args, **kwargs)
+
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += inspect.signature(half).parameters.values()
+    Func.forward.__signature__ = inspect.Signature(parameters)
+    module, inputs = attention(Func()), tensors()
+    assert apply_liger_kernel(nn.ModuleDict({"attn": module})).counts() == {"rope": 1}
+    assert_same(run(module, inputs), run(half, inputs), 1e-6)
+    revert(module)
+    function = type(module).forward.__globals__["apply_rotary_pos_emb"]
+    function.forward = half  # what kernelize does
+    (entry,) = plan(nn.ModuleDict({"attn": module})).skipped
+    assert "replaced by another kernel already" in entry.reason
+
+
+def test_forward_keeps_its_signature_defaults_and_globals(tiny):
+    model = tiny("Llama")
+    attn = model.model.layers[0].self_attn
+    before = type(attn).forward
+    rotary_function = before.__globals__["apply_rotary_pos_emb"]
+    apply_liger_kernel(model, **ONLY_ROPE)
+    after = type(attn).forward
+    assert inspect.signature(after) == inspect.signature(before)
+    assert after.__globals__ is before.__globals__
+    assert after.__globals__["apply_rotary_pos_emb"] is rotary_function
+    assert after.__annotations__ == before.__annotations__
+    assert not hasattr(after, "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    ("patched", "compiled"),
+    [([0], False), ([1], False), ([0, 2], False), ([0, 1, 2], False), ([1], True), ([0, 2], True)],
+)
+def test_any_subset_of_layers(tiny, batch, gradients, error, calls, patched, compiled):
+    torch.compiler.reset()
+    model = tiny("Phi3")
+    theirs = gradients(model, batch)
+    for index in patched:
+        apply_liger_kernel(model.model.layers[index], **ONLY_ROPE)
+    assert [is_patched(layer) for layer in model.model.layers] == [i in patched for i in range(3)]
+    calls.clear()
+    run_model = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    ours = {name.removeprefix("_orig_mod."): tensor for name, tensor in gradients(run_model, batch).items()}
+    assert error(ours, theirs) < 5e-6
+    if not compiled:
+        assert len(calls) == len(patched)
+
+
+def test_only_the_swapped_layers_of_a_compiled_model_use_the_kernel(tiny, batch, monkeypatch):
+    """A wrong kernel in one layer must show, and in no other place."""
+    torch.compiler.reset()
+    model, rotary = tiny("Llama"), kernels.rotary
+    apply_liger_kernel(model.model.layers[1], **ONLY_ROPE)
+    monkeypatch.setattr(kernels, "rotary", lambda q, k, *_, **__: (2 * q, k))
+    inputs = batch["input_ids"]
+    expected = model(inputs).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(inputs).logits
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(kernels, "rotary", rotary)
+    assert not torch.allclose(model(inputs).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_subset_of_layers_under_checkpointing(tiny, batch, gradients, error, reentrant):
+    model = tiny("Llama")
+    theirs = gradients(model, batch)
+    apply_liger_kernel(model.model.layers[1], **ONLY_ROPE)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert error(gradients(model, batch), theirs) < 5e-6
+
+
+def no_rotation(q, k, cos, sin, **options):
+    return q.clone(), k.clone()
+
+
+def keys_swapped(q, k, cos, sin, **options):
+    return rotary(q, k, sin, cos, **options)
+
+
+def no_backward(q, k, cos, sin, **options):
+    new_q, new_k = rotary(q, k, cos, sin, **options)
+    return new_q.detach() + q - q.detach(), new_k
+
+
+rotary = kernels.rotary
+
+
+@pytest.mark.parametrize("wrong", [no_rotation, keys_swapped, no_backward])
+def test_a_wrong_kernel_is_found_out(tiny, monkeypatch, wrong):
+    monkeypatch.setattr(kernels, "rotary", wrong)
+    report = apply_liger_kernel(tiny("Llama"), **OPTIONS)
+    assert report.counts() == {"rms_norm": 5, "mlp": 2}
+    assert [entry.kind for entry in report.skipped] == ["rope", "rope"]
