@@ -1,4 +1,4 @@
-"""What a run asks for: ``liger_config`` in its several spellings, and ``LIGER_TRAINER_DISABLE``."""
+"""What a run asks for: ``liger_config`` in its several spellings."""
 
 from __future__ import annotations
 
@@ -12,25 +12,7 @@ import yaml
 
 from .patching.options import Options
 
-__all__ = ["DISABLE_VARIABLE", "disabled", "reject_liger_kernel", "resolve_liger_config"]
-
-DISABLE_VARIABLE = "LIGER_TRAINER_DISABLE"
-_TRUE = ("1", "true", "yes", "on")
-_FALSE = ("0", "false", "no", "off")
-
-
-def disabled() -> bool:
-    """Whether the environment switches liger_trainer off: ``LIGER_TRAINER_DISABLE`` is 1, true, yes or on.
-
-    Raises:
-        ValueError: the variable is set to something that is neither a yes nor a no.
-    """
-    value = os.environ.get(DISABLE_VARIABLE, "").strip().lower()
-    if value in _TRUE:
-        return True
-    if not value or value in _FALSE:
-        return False
-    raise ValueError(f"{DISABLE_VARIABLE}={value!r}: expected one of {', '.join(_TRUE)}, or {', '.join(_FALSE)}")
+__all__ = ["reject_liger_kernel", "resolve_liger_config"]
 
 
 def resolve_liger_config(value: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torch import nn
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
-from ._config import DISABLE_VARIABLE, disabled, reject_liger_kernel, resolve_liger_config
+from ._config import reject_liger_kernel, resolve_liger_config
+from ._environment import DISABLE_VARIABLE, disabled
 from ._logging import logger
 from .patching import Report, apply_liger_kernel, is_patched, revert
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from liger_trainer import LigerArguments, LigerCallback, TrainingArguments, apply_liger_kernel, is_patched, revert
-from liger_trainer._config import disabled
+from liger_trainer._environment import disabled
 from liger_trainer.callback import ArgumentsCallback
 
 

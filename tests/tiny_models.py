@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from wide_tensors import wide_tensors
 
 VOCAB = 211  # a prime that is no other dimension of the model
 HIDDEN = 32
@@ -55,10 +56,7 @@ def sequences(count: int = 16, length: int = 13, seed: int = 1) -> list[dict[str
 
 @dataclass
 class LogitsRows:
-    """``rows``: the most rows that a tensor with the vocabulary as its last dimension had, as an input of any op.
-
-    The head's weight, transposed, has ``HIDDEN`` of them.
-    """
+    """``rows``: the most rows of a tensor with the vocabulary's width that any op met, but for the weight."""
 
     rows: int = 0
 
@@ -67,9 +65,6 @@ class LogitsRows:
 def logits_rows() -> Iterator[LogitsRows]:
     """Look at every op inside, those within fused ops and in the backward included."""
     seen = LogitsRows()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    with wide_tensors(VOCAB, rows=0, hidden_size=HIDDEN) as found:
         yield seen
-    for event in profile.events():
-        for shape in event.input_shapes or ():
-            if len(shape) > 1 and shape[-1] == VOCAB:
-                seen.rows = max(seen.rows, math.prod(shape[:-1]))
+    seen.rows = max((math.prod(shape[:-1]) for _, shape in found), default=0)

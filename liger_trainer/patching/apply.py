@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from .._environment import disabled
 from . import class_swap, lm_head, mlp, norm, rotary
 from .options import Options
 from .recogniser import Recogniser, Replacement, Skip
@@ -51,13 +52,17 @@ def apply_liger_kernel(model: nn.Module, **options: Any) -> Report:
         **options: see :class:`liger_trainer.patching.options.Options`.
 
     Returns:
-        What was replaced, and what was left alone and why.
+        What was replaced, and what was left alone and why. Under ``LIGER_TRAINER_DISABLE=1`` nothing is, an earlier
+        patch is taken off, and the report is empty.
 
     Raises:
         TypeError: model is no module, an option is unknown or has the wrong type.
         ValueError: contradicting options, or a model without a part that can be replaced.
     """
     parsed = _checked(model, options)
+    if disabled():
+        revert(model)
+        return Report()
     patch = _patches.get(model)
     if patch is not None and not patch.in_force:
         patch = None

@@ -196,3 +196,11 @@ class TestReport:
         loaded = json.loads(json.dumps(self.report.as_dict()))
         assert loaded["replaced"][2] == {"kind": "mlp", "path": "c", "class_name": "LlamaMLP", "kernel": "swiglu"}
         assert loaded["skipped"][0]["reason"] == "computes something else"
+
+
+def test_the_environment_switches_it_off(tiny, monkeypatch):
+    model = tiny("Llama")
+    apply_liger_kernel(model)
+    monkeypatch.setenv("LIGER_TRAINER_DISABLE", "1")
+    assert apply_liger_kernel(model).replaced == ()
+    assert not is_patched(model)
