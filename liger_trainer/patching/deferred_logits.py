@@ -88,10 +88,11 @@ class Head:
 class _Transform:
     """What happened to the logits: ``inner * l``, or ``outer * tanh(inner * l)`` once capped; then a cast.
 
-    ``n_classes`` counts the columns that are left of the head's.
+    ``n_classes`` counts the columns left of the head's. No field is called ``dtype``: accelerate takes what has
+    one for a tensor.
     """
 
-    dtype: torch.dtype
+    cast_to: torch.dtype
     n_classes: int
     inner: float = 1.0
     outer: float = 1.0
@@ -103,7 +104,7 @@ class _Transform:
         return replace(self, inner=self.inner * factor)
 
     def apply(self, logits: Tensor) -> Tensor:
-        logits = logits[..., : self.n_classes].to(self.dtype)
+        logits = logits[..., : self.n_classes].to(self.cast_to)
         if self.inner != 1:
             logits = logits * self.inner
         if self.capped:
@@ -169,7 +170,7 @@ class DeferredLogits(_Fields):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transform.dtype
+        return self.transform.cast_to
 
     @property
     def device(self) -> torch.device:
@@ -206,7 +207,7 @@ class DeferredLogits(_Fields):
         # A cast to a narrower type rounds, which the fused op would not.
         if self.cell.value is not None or dtype.itemsize < self.dtype.itemsize or not dtype.is_floating_point:
             return self.materialize().to(dtype)
-        return self if dtype == self.dtype else self._with(transform=replace(self.transform, dtype=dtype))
+        return self if dtype == self.dtype else self._with(transform=replace(self.transform, cast_to=dtype))
 
     def float(self) -> Any:
         return self._cast(torch.float32)

@@ -43,6 +43,10 @@ class LazyLogits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
                 return func(*args, **(kwargs or {}))
+            if func is Tensor.float:
+                # accelerate casts what a model returns under mixed precision, read or not.
+                cast = args[0]._deferred.float()
+                return LazyLogits(cast) if isinstance(cast, DeferredLogits) else cast
             return func(*_built(args), **_built(kwargs or {}))
 
     @classmethod

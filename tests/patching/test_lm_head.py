@@ -247,6 +247,55 @@ class TestEvaluation:
         assert loss.isfinite()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_accelerate_under_mixed_precision(tiny, training):
+    """accelerate wraps the forward in autocast and casts whatever it returns to fp32, in place of a plain loop."""
+    accelerate = pytest.importorskip("accelerate")
+    reference = tiny("Llama").train(training)
+    model = copy.deepcopy(reference)
+    patch(model)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    ours, theirs = accelerator.prepare_model(model), accelerator.prepare_model(reference)
+    with torch.set_grad_enabled(training):
+        with wide_tensors(V, rows=2 * TILE_ROWS, hidden_size=48) as wide:  # a bf16 tile has twice the rows
+            outputs = ours(**batch())
+        assert not wide
+        expected = theirs(**batch())
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outputs.logits + 0, expected.logits, rtol=1e-2, atol=1e-2, check_dtype=not training)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (..., slice(None, -1), slice(None)),
+        (slice(None), slice(1, None)),
+        (..., slice(None, 50)),
+        (slice(None), slice(None), slice(None, 50)),
+        (..., slice(3, 50)),
+        (..., 4),
+        (0,),
+        (0, 1),
+        (slice(None), -1),
+        (slice(None), slice(None), torch.tensor([1, 5])),
+        (torch.tensor([2, 0, 0]),),
+        (torch.tensor([[True] * 9, [False] * 9, [True] * 9]),),
+        (torch.tensor([True, False, True]), slice(2, 5), slice(None, 7)),
+        (None, 0),
+        (Ellipsis,),
+        (..., slice(None, None, 2)),
+    ],
+    ids=str,
+)
+def test_every_index_is_that_of_the_logits(tiny, index):
+    reference = tiny("Llama")
+    model = copy.deepcopy(reference)
+    patch(model)
+    logits, expected = (each(**batch()).logits for each in (model, reference))
+    torch.testing.assert_close(logits[index] + 0, expected[index])
+    assert logits[index].shape == expected[index].shape
+
+
 class TestCountedLabels:
     labels = torch.tensor([[1, -100, 3], [-100, -100, 6]])
 
