@@ -75,6 +75,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     steps = range(1, len(record["stock"]["loss"]) + 1)
     figure, (curves, differences) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
@@ -88,6 +89,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     differences.set(xlabel="optimizer step", ylabel="relative difference")
     differences.legend(frameon=False)
     for axis in (curves, differences):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"SmolLM2-135M, {record['setting']['dtype']}, {record['device']}", fontsize=10)
     figure.savefig(path, dpi=150)

@@ -115,6 +115,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     rows = [row for row in rows if "error" not in row]
     names = [row["provider"] for row in rows]
@@ -129,6 +130,8 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.set_xlabel(label)
         axis.invert_yaxis()
         axis.margins(x=0.18)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)

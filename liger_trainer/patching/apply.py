@@ -16,7 +16,7 @@ from torch import nn
 from .._environment import disabled
 from . import class_swap, lm_head, mlp, norm, rotary
 from .options import Options
-from .recogniser import Recogniser, Replacement, Skip
+from .recogniser import Recogniser, Replacement, Skip, apply_all
 from .report import LeftAlone, Replaced, Report
 
 __all__ = ["RECOGNISERS", "apply_liger_kernel", "is_patched", "plan", "revert"]
@@ -76,10 +76,10 @@ def apply_liger_kernel(model: nn.Module, **options: Any) -> Report:
         )
     revert(model)
     try:
-        _apply_all(replacements)
+        apply_all(replacements)
     except BaseException:
         if patch is not None:
-            _apply_all(patch.replacements)
+            apply_all(patch.replacements)
             _patches[model] = patch
         raise
     _patches[model] = _Patch(parsed, tuple(replacements), report)
@@ -127,18 +127,6 @@ def is_patched(model: nn.Module) -> bool:
         class_swap.is_swapped(module) or ((patch := _patches.get(module)) is not None and patch.in_force)
         for module in model.modules()
     )
-
-
-def _apply_all(replacements: Sequence[Replacement]) -> None:
-    applied: list[Replacement] = []
-    try:
-        for replacement in replacements:
-            replacement.apply()
-            applied.append(replacement)
-    except BaseException:
-        for replacement in reversed(applied):
-            replacement.revert()
-        raise
 
 
 def _check_module(model: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .counted_labels import count_labels
 from .deferred_logits import defer
 from .lazy_logits import settle
 from .options import Options
-from .recogniser import ClassSwap, Finding, Skip
+from .recogniser import ClassSwap, Finding, Skip, apply_all
 
 __all__ = ["recognise"]
 
@@ -126,21 +127,59 @@ def _reason_against(model: nn.Module, head: nn.Module) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class _HeadWithModels:
+    """The head's class and those of the models that compute their loss behind it, swapped together."""
+
+    head: ClassSwap
+    models: tuple[ClassSwap, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.head.kind
+
+    @property
+    def path(self) -> str:
+        return self.head.path
+
+    @property
+    def class_name(self) -> str:
+        return self.head.class_name
+
+    @property
+    def kernel(self) -> str:
+        return self.head.kernel
+
+    @property
+    def in_force(self) -> bool:
+        return all(swap.in_force for swap in (self.head, *self.models))
+
+    def apply(self) -> None:
+        apply_all((self.head, *self.models))
+
+    def revert(self) -> None:
+        for swap in (*self.models, self.head):
+            swap.revert()
+
+
 def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
     """Find heads whose logits go to a loss inside their model's forward."""
     if not (options.fused_linear_cross_entropy or options.cross_entropy):
         return
     fused = options.fused_linear_cross_entropy
     kind = "fused_linear_cross_entropy" if fused else "cross_entropy"
-    seen: set[int] = set()
+    kernel = "linear_cross_entropy" if fused else "cross_entropy"
+    found: dict[str, tuple[ClassSwap, list[ClassSwap]]] = {}
     for path, module, head_path, head in _models_with_heads(model):
         reason = _reason_against(module, head) or _check(head, fused)
         if reason is not None:
             yield Skip(kind, head_path, type(head).__name__, reason)
             continue
-        if id(head) not in seen:
-            seen.add(id(head))
-            kernel = "linear_cross_entropy" if fused else "cross_entropy"
-            yield ClassSwap(kind, head_path, kernel, head, functools.partial(_head_members, fused, options.tile_bytes))
+        if head_path not in found:
+            members = functools.partial(_head_members, fused, options.tile_bytes)
+            found[head_path] = ClassSwap(kind, head_path, kernel, head, members), []
         original = class_swap.stock_class(module).forward
-        yield ClassSwap(kind, path, "deferred logits", module, functools.partial(_model_members, original))
+        members = functools.partial(_model_members, original)
+        found[head_path][1].append(ClassSwap(kind, path, kernel, module, members))
+    for head_swap, models in found.values():
+        yield _HeadWithModels(head_swap, tuple(models))

@@ -17,7 +17,7 @@ from torch import nn
 from . import class_swap
 from .options import Options
 
-__all__ = ["ClassSwap", "Finding", "Options", "Recogniser", "Replacement", "Skip"]
+__all__ = ["ClassSwap", "Finding", "Options", "Recogniser", "Replacement", "Skip", "apply_all"]
 
 
 @dataclass(frozen=True)
@@ -115,3 +115,16 @@ class ClassSwap:
 
     def revert(self) -> None:
         class_swap.unswap(self.module)
+
+
+def apply_all(replacements: Iterable[Replacement]) -> None:
+    """Apply every replacement, or, where one fails, none."""
+    applied: list[Replacement] = []
+    try:
+        for replacement in replacements:
+            replacement.apply()
+            applied.append(replacement)
+    except BaseException:
+        for replacement in reversed(applied):
+            replacement.revert()
+        raise
