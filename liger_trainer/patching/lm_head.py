@@ -47,6 +47,8 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "_is_replica", False):  # of nn.DataParallel, which gathers outputs that are tensors only
+            return original(self, *args, **kwargs)
         head = self.get_output_embeddings()  # type: ignore[operator]
         deferring = False
         for name in _LABEL_ARGUMENTS:

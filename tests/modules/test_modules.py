@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from liger_trainer.modules import LigerGEGLUMLP, LigerLayerNorm, LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
+from liger_trainer.modules import (
+    LigerCrossEntropyLoss,
+    LigerFusedLinearCrossEntropyLoss,
+    LigerGEGLUMLP,
+    LigerLayerNorm,
+    LigerRMSNorm,
+    LigerSwiGLUMLP,
+    liger_rotary_pos_emb,
+)
 
 
 def config(**changes):
@@ -131,3 +139,52 @@ def test_kernels_and_modules_import_neither_transformers_nor_trl():
         "sys.exit(' '.join({'transformers', 'trl', 'accelerate', 'peft'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LOSS_OPTIONS = {"ignore_index": 3, "label_smoothing": 0.1, "lse_square_scale": 1e-2, "softcap": 5.0, "reduction": "sum"}
+
+
+def expected_loss(logits, labels, class_weights):
+    z = 5.0 * torch.tanh(logits / 5.0)
+    loss = F.cross_entropy(z, labels, class_weights, ignore_index=3, label_smoothing=0.1, reduction="sum")
+    z_loss = 1e-2 * z.logsumexp(-1)[labels != 3].square().sum()
+    return loss + z_loss, z_loss
+
+
+def losses_of(kind, hidden, weight, bias, labels, class_weights, **switches):
+    if kind == "logits":
+        module = LigerCrossEntropyLoss(class_weights, **LOSS_OPTIONS, **switches)
+        return module(F.linear(hidden, weight, bias), labels)
+    module = LigerFusedLinearCrossEntropyLoss(class_weights, **LOSS_OPTIONS, accum_dtype=torch.float32, **switches)
+    return module(weight, hidden, labels, bias)
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden states"])
+def test_cross_entropy(kind):
+    torch.manual_seed(0)
+    labels = torch.randint(11, (7,))
+    labels[2] = 3
+    class_weights = torch.rand(11)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((7, 6), (11, 6), (11,))]
+    loss = losses_of(kind, *inputs, labels, class_weights)
+    logits = F.linear(*inputs)
+    expected, z_loss = expected_loss(logits, labels, class_weights)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    switches = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
+    out = losses_of(kind, *inputs, labels, class_weights, **switches)
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(out.z_loss, z_loss)
+    assert torch.equal(out.predicted_tokens, torch.where(labels == 3, -1, logits.argmax(-1)))
+    torch.testing.assert_close(out.token_accuracy, (logits.argmax(-1) == labels)[labels != 3].float().mean())
+
+
+def test_token_scaling_and_what_the_fused_loss_refuses():
+    hidden, weight = torch.randn(7, 6), torch.randn(11, 6)
+    labels = torch.randint(11, (7,))
+    probability = F.linear(hidden, weight).softmax(-1).gather(1, labels[:, None])[:, 0]
+    loss = LigerFusedLinearCrossEntropyLoss(use_token_scaling=True)(weight, hidden, labels)
+    torch.testing.assert_close(loss, -(probability * probability.log()).mean())
+    with pytest.raises(ValueError, match="accum_dtype must be None or torch.float32"):
+        LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.bfloat16)

@@ -185,6 +185,16 @@ def test_without_labels_the_head_returns_logits(tiny):
     )
 
 
+def test_replicas_of_data_parallel_return_logits(tiny):
+    """nn.DataParallel, which Trainer chooses by itself on several GPUs, can gather nothing but tensors."""
+    model = tiny("Llama")
+    patch(model)
+    replica = model._replicate_for_data_parallel()
+    outputs = replica(**batch())
+    assert type(outputs.logits) is torch.Tensor
+    assert outputs.loss.isfinite()
+
+
 def test_a_failing_forward_leaves_the_head_as_it_was(tiny):
     model = tiny("Llama")
     patch(model)
