@@ -110,7 +110,8 @@ def _make_forward(use_kernel: bool) -> Any:
             use_kernel=use_kernel,
         )
         if reduction == "none":
-            loss = token_loss.clone()
+            # scale is NaN where the bound was too small, and so must be the loss of rows that were dropped wrongly.
+            loss = torch.where(scale.isnan(), torch.nan, token_loss)
         return (
             loss,
             token_loss.clone(),

@@ -134,6 +134,7 @@ def test_upper_bound_changes_nothing(implementation, device, max_valid):
 def test_bound_too_small_is_nan_not_wrong(implementation, device):
     hidden, weight, labels = make(device, torch.float32)
     assert linear_cross_entropy(hidden, weight, labels, max_valid=13).isnan()
+    assert linear_cross_entropy(hidden, weight, labels, max_valid=13, reduction="none").isnan().all()
 
 
 @pytest.mark.parametrize("n", [0, 6])
