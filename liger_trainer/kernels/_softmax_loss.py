@@ -26,10 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._dtypes import accumulation_dtype
 from ._library import device_of
 from ._triton import tl, triton
 
-__all__ = ["REDUCTIONS", "RowLoss", "accumulation_dtype", "reduce_rows", "softmax_loss_rows"]
+__all__ = ["REDUCTIONS", "RowLoss", "reduce_rows", "softmax_loss_rows"]
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -59,11 +60,6 @@ class RowLoss(NamedTuple):
         if softcap is None:
             return cls(ignore_index, logit_scale / temperature, 0.0, label_smoothing, z_loss, token_scaling)
         return cls(ignore_index, logit_scale / softcap, softcap / temperature, label_smoothing, z_loss, token_scaling)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for everything but float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._dtypes import accumulation_dtype
 from ._library import device_of
-from ._softmax_loss import accumulation_dtype
 from ._triton import tl, triton
 
 __all__ = [

@@ -13,8 +13,9 @@ from ._checks import (
     check_same_device,
     check_vector,
 )
+from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, refuse_double_backward
-from ._softmax_loss import RowLoss, accumulation_dtype, reduce_rows, softmax_loss_rows
+from ._softmax_loss import RowLoss, reduce_rows, softmax_loss_rows
 
 __all__ = ["EXTRA_OUTPUTS", "CrossEntropyOutput", "cross_entropy", "gather_outputs", "requested_outputs"]
 

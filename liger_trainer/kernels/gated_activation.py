@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_floating, check_same_device
+from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, device_of, refuse_double_backward
 from ._rows import as_matrix, as_rows, empty_in_order, from_rows, memory_order
 from ._triton import tl, triton
@@ -100,12 +101,8 @@ def _tile(width: int) -> tuple[int, int, int]:
     return block, _TILE // block, (width + block - 1) // block
 
 
-def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
 def _forward_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    dtype = _accumulation_dtype(gate, up)
+    dtype = accumulation_dtype(gate.dtype, up.dtype)
     order = memory_order(gate)
     gate_rows = as_matrix(gate, order).to(dtype)
     if activation == "silu":
@@ -117,7 +114,7 @@ def _forward_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _backward_reference(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    dtype = _accumulation_dtype(gate, up)
+    dtype = accumulation_dtype(gate.dtype, up.dtype)
     order = memory_order(gate)
     gate_rows = as_matrix(gate, order).to(dtype)
     dy = as_matrix(dy, order).to(dtype)
@@ -154,7 +151,7 @@ def _forward_kernel(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _backward_kernel(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    if _accumulation_dtype(gate, up) == torch.float64:
+    if accumulation_dtype(gate.dtype, up.dtype) == torch.float64:
         return _backward_reference(dy, gate, up, activation)
     order = memory_order(gate)
     dgate = empty_in_order(gate, order, gate.dtype)

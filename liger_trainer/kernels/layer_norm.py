@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_floating, check_same_device, check_vector
+from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, refuse_double_backward
 from ._norm_kernels import normalize, normalize_backward
 from ._rows import as_matrix, autocasts_to_float32, empty_in_order, from_rows, memory_order
@@ -13,14 +14,10 @@ from ._rows import as_matrix, autocasts_to_float32, empty_in_order, from_rows, m
 __all__ = ["layer_norm"]
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _forward_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _statistics_dtype(x)
+    dtype = accumulation_dtype(x.dtype)
     order = memory_order(x)
     rows = as_matrix(x, order).to(dtype)
     mean = rows.mean(-1)
@@ -43,7 +40,7 @@ def _backward_reference(
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    dtype = _statistics_dtype(x)
+    dtype = accumulation_dtype(x.dtype)
     order = memory_order(x)
     dy = as_matrix(dy, order).to(dtype)
     rstd = as_matrix(rstd[..., None], order)
@@ -78,7 +75,7 @@ def _backward_kernel(
 
 def _forward_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     order = memory_order(x)
-    dtype = _statistics_dtype(x)
+    dtype = accumulation_dtype(x.dtype)
     mean, rstd = (empty_in_order(x, order, dtype, per_row=True) for _ in range(2))
     return empty_in_order(x, order, x.dtype), mean, rstd
 

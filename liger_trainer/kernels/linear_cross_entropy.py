@@ -21,8 +21,9 @@ from ._checks import (
     check_same_device,
     check_vector,
 )
+from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
-from ._softmax_loss import RowLoss, accumulation_dtype, reduce_rows, softmax_loss_rows
+from ._softmax_loss import RowLoss, reduce_rows, softmax_loss_rows
 from ._tiles import DEFAULT_TILE_BYTES, partition_rows, run_tiles, scaled, without_autocast
 from .cross_entropy import CrossEntropyOutput, gather_outputs
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_floating, check_same_device, check_vector
+from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, refuse_double_backward
 from ._norm_kernels import normalize, normalize_backward
 from ._rows import as_matrix, autocasts_to_float32, empty_in_order, from_rows, memory_order
@@ -13,10 +14,6 @@ from ._rows import as_matrix, autocasts_to_float32, empty_in_order, from_rows, m
 __all__ = ["CASTINGS", "rms_norm"]
 
 CASTINGS = ("llama", "gemma", "none")
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _result_dtype(x: Tensor, weight: Tensor | None, casting: str) -> torch.dtype:
@@ -32,7 +29,7 @@ def _scale(weight: Tensor, offset: float, casting: str, dtype: torch.dtype) -> T
 def _forward_reference(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor]:
-    dtype = _statistics_dtype(x)
+    dtype = accumulation_dtype(x.dtype)
     order = memory_order(x)
     rows = as_matrix(x, order).to(dtype)
     rstd = torch.rsqrt(rows.square().mean(-1) + eps)
@@ -48,7 +45,7 @@ def _forward_reference(
 def _backward_reference(
     dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, casting: str, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dtype = _statistics_dtype(x)
+    dtype = accumulation_dtype(x.dtype)
     order = memory_order(x)
     dy = as_matrix(dy, order).to(dtype)
     rstd = as_matrix(rstd[..., None], order)
@@ -85,7 +82,7 @@ def _backward_kernel(
 def _forward_fake(x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str) -> tuple[Tensor, Tensor]:
     order = memory_order(x)
     y = empty_in_order(x, order, _result_dtype(x, weight, casting))
-    return y, empty_in_order(x, order, _statistics_dtype(x), per_row=True)
+    return y, empty_in_order(x, order, accumulation_dtype(x.dtype), per_row=True)
 
 
 def _backward_fake(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_floating, check_same_device
+from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, device_of, refuse_double_backward
 from ._triton import tl, triton
 
@@ -177,8 +178,8 @@ def _reference(
     first, second = (slice(0, width, 2), slice(1, width, 2)) if interleaved else (
         slice(0, width // 2), slice(width // 2, width)
     )  # fmt: skip
-    exact = torch.float64 in (q.dtype, k.dtype, q_dtype, k_dtype)
-    table = [t.to(torch.float64 if exact else torch.float32).unsqueeze(1 if heads_first else 2) for t in (cos, sin)]
+    table_dtype = accumulation_dtype(q.dtype, k.dtype, q_dtype, k_dtype)
+    table = [t.to(table_dtype).unsqueeze(1 if heads_first else 2) for t in (cos, sin)]
     (cos1, cos2), (sin1, sin2) = ((t, t) if per_pair else (t[..., first], t[..., second]) for t in table)
     if backward:
         sin1, sin2 = -sin2, -sin1
