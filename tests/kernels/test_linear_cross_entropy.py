@@ -190,6 +190,19 @@ def test_gradients_twice_through_a_kept_graph(implementation, device):
         torch.testing.assert_close(2 * one, two)
 
 
+def test_only_a_graph_that_is_not_kept_is_scaled_in_place(implementation, device):
+    hidden, weight, labels = make(device, torch.float32)
+
+    def ops(retain_graph):
+        loss = linear_cross_entropy(hidden * 1, weight, labels)
+        with torch.profiler.profile() as profile:
+            loss.backward(retain_graph=retain_graph)
+        return {event.key for event in profile.key_averages()}
+
+    assert "liger_trainer::linear_cross_entropy_backward_" in ops(retain_graph=False)
+    assert "liger_trainer::linear_cross_entropy_backward_" not in ops(retain_graph=True)
+
+
 def test_outputs(implementation, device):
     hidden, weight, labels = make(device, torch.float32)
     names = ("token_loss", "token_accuracy", "predicted_tokens", "z_loss")

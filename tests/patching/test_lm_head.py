@@ -306,6 +306,24 @@ def test_every_index_is_that_of_the_logits(tiny, index):
     assert logits[index].shape == expected[index].shape
 
 
+def test_the_count_of_labels_reaches_the_op(tiny, monkeypatch):
+    """Without it the host would wait at the head for the whole forward."""
+    from liger_trainer.patching import deferred_logits
+
+    bounds, op = [], deferred_logits.linear_cross_entropy
+
+    def recorded(*args, max_valid, **kwargs):
+        bounds.append(max_valid)
+        return op(*args, max_valid=max_valid, **kwargs)
+
+    model = tiny("Llama")
+    patch(model)
+    monkeypatch.setattr(deferred_logits, "linear_cross_entropy", recorded)
+    inputs = batch()
+    run(model, inputs)
+    assert bounds == [int((inputs["labels"] != -100).sum())]
+
+
 class TestCountedLabels:
     labels = torch.tensor([[1, -100, 3], [-100, -100, 6]])
 
