@@ -444,7 +444,7 @@ def reduce_rows(
     is 0. Both are NaN if more than ``n_processed`` labels are valid, so that a wrong bound can't pass unseen.
     """
     if use_kernel and token_loss.dtype == torch.float32:
-        loss, scale = torch.empty((2,), dtype=torch.float32, device=token_loss.device).unbind()
+        loss, scale = (token_loss.new_empty(()) for _ in range(2))
         with device_of(token_loss):
             _reduce_kernel[(1,)](
                 token_loss,

@@ -71,9 +71,9 @@ def _make_forward(use_kernel: bool) -> Any:
         dtype = accumulation_dtype(compute_dtype)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         # Rows that are dropped keep these zeros; so do those that a bound which is too small would drop.
-        per_row = torch.zeros((3, n), dtype=dtype, device=hidden.device)
-        token_loss, lse, row_weight = per_row.unbind()
+        token_loss, lse = (torch.zeros(n, dtype=dtype, device=hidden.device) for _ in range(2))
         weighted = token_weights is not None or class_weights is not None
+        row_weight = torch.zeros_like(lse) if weighted else None
         predicted = torch.full((n if predict else 0,), -1, dtype=labels.dtype, device=labels.device)
         with without_autocast(hidden):
             gradients = run_tiles(
@@ -88,7 +88,7 @@ def _make_forward(use_kernel: bool) -> Any:
                     class_weights=class_weights,
                     token_loss=token_loss,
                     lse=lse,
-                    row_weight=row_weight if weighted else None,
+                    row_weight=row_weight,
                     predicted=predicted if predict else None,
                     use_kernel=use_kernel,
                 ),
@@ -102,7 +102,7 @@ def _make_forward(use_kernel: bool) -> Any:
             token_loss,
             labels,
             mean=reduction == "mean",
-            row_weight=row_weight if weighted else None,
+            row_weight=row_weight,
             divisor_tensor=num_items,
             divisor=divisor,
             ignore_index=ignore_index,
@@ -113,16 +113,7 @@ def _make_forward(use_kernel: bool) -> Any:
         if reduction == "none":
             # scale is NaN where the bound was too small, and so must be the loss of rows that were dropped wrongly.
             loss = torch.where(scale.isnan(), torch.nan, token_loss)
-        return (
-            loss,
-            token_loss.clone(),
-            lse.clone(),
-            predicted,
-            scale.clone(),
-            gradients.hidden,
-            gradients.weight,
-            gradients.bias,
-        )
+        return loss, token_loss, lse, predicted, scale, gradients.hidden, gradients.weight, gradients.bias
 
     return forward
 
