@@ -3,16 +3,17 @@
 They know nothing of transformers or TRL and serve any PyTorch loop.
 """
 
+from .add_rms_norm import add_rms_norm
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .gated_activation import geglu, swiglu
 from .layer_norm import layer_norm
-from .linear_cross_entropy import DEFAULT_TILE_BYTES, linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import rms_norm
 from .rotary import rotary
 
 __all__ = [
-    "DEFAULT_TILE_BYTES",
     "CrossEntropyOutput",
+    "add_rms_norm",
     "cross_entropy",
     "geglu",
     "layer_norm",

@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._softmax_loss import REDUCTIONS
+from ._reduction import REDUCTIONS
 
-__all__ = ["check_floating", "check_labels_in_range", "check_loss_options", "check_same_device", "check_vector"]
+__all__ = [
+    "check_floating",
+    "check_labels_in_range",
+    "check_loss_options",
+    "check_parameter",
+    "check_rows",
+    "check_same_device",
+    "check_vector",
+]
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -25,6 +33,23 @@ def check_same_device(device: torch.device, **tensors: Tensor | None) -> None:
 def check_vector(name: str, vector: Tensor | None, length: int, meaning: str) -> None:
     if vector is not None and vector.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), {meaning}; got {tuple(vector.shape)}")
+
+
+def check_rows(x: Tensor) -> None:
+    """Raise unless x is floating point and has a last dimension."""
+    if not x.is_floating_point():
+        check_floating(x=x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+
+
+def check_parameter(name: str, parameter: Tensor, x: Tensor) -> None:
+    """Raise unless a parameter is a floating point vector as long as x's rows, on x's device."""
+    if parameter.shape == x.shape[-1:] and parameter.device == x.device and parameter.is_floating_point():
+        return
+    check_floating(**{name: parameter})
+    check_vector(name, parameter, x.shape[-1], "x's last dimension")
+    check_same_device(x.device, **{name: parameter})
 
 
 def check_labels_in_range(labels: Tensor, n_classes: int, ignore_index: int) -> None:

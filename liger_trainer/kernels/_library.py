@@ -15,12 +15,11 @@ The low-level ``Library.define/impl`` is used and not ``torch.library.custom_op`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ._triton import HAS_TRITON
 
@@ -28,7 +27,6 @@ __all__ = [
     "NAMESPACE",
     "define",
     "define_differentiable",
-    "device_of",
     "graph_is_kept",
     "interpreted_kernels",
     "refuse_double_backward",
@@ -45,6 +43,7 @@ def define(
     kernel: Callable[..., Any] | None,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    tags: Sequence[torch.Tag] = (),
 ) -> Any:
     """Define one op of the computation and return its overload, ready to be called.
 
@@ -53,9 +52,10 @@ def define(
         kernel: the Triton implementation, or None for an op that has no Triton part.
         reference: the torch implementation: the same algorithm, for any device.
         fake: shapes and dtypes of the outputs, for meta and fake tensors.
+        tags: what else the compiler should know of the op.
     """
     name = schema.split("(", 1)[0]
-    _library.define(schema)
+    _library.define(schema, tags=tags)
 
     def on_cpu(*args: Any) -> Any:
         return (kernel if _triton_on_cpu and kernel is not None else reference)(*args)
@@ -69,12 +69,20 @@ def define(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def define_differentiable(schema: str, function: Callable[..., Any]) -> Any:
-    """Define the differentiable op over a forward and a backward op and return its overload."""
+def define_differentiable(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Define the differentiable op over a forward and a backward op and return what calls it.
+
+    ``torch.compile`` must see the op; anyone else gets ``function`` itself, without the dispatcher's detour to it.
+    """
     name = schema.split("(", 1)[0]
     _library.define(schema)
     _library.impl(name, function, "CompositeImplicitAutograd")
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(*args: Any) -> Any:
+        return op(*args) if torch.compiler.is_dynamo_compiling() else function(*args)
+
+    return call
 
 
 def refuse_double_backward(name: str) -> None:
@@ -94,13 +102,6 @@ def graph_is_kept() -> bool:
     """Whether the backward that is running may run again (``retain_graph=True``), or whether that can't be known."""
     query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return query is None or torch.compiler.is_compiling() or query()
-
-
-def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Make x's device current while a Triton kernel is launched on it; Triton launches on the current device."""
-    if x.device.type == "cpu" or x.device.index == torch.accelerator.current_device_index():
-        return nullcontext()
-    return torch.accelerator.device_index(x.device.index)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Triton kernels of RMSNorm and LayerNorm over rows; :mod:`.rms_norm` and :mod:`.layer_norm` say what they compute.
+"""Triton kernels of the norms over rows: :mod:`.rms_norm`, :mod:`.add_rms_norm`, :mod:`.layer_norm`.
 
 RMSNorm is LayerNorm without the mean and the bias, so that one set of kernels serves both: with ``n`` the normalised
-row and ``g`` the gradient that reaches it, ``dx = rstd * (g - n * mean(g * n) [- mean(g)])``.
+row and ``g`` the gradient that reaches it, ``dx = rstd * (g - n * mean(g * n) [- mean(g)])``. With a residual the row
+is ``total = x + residual``, rounded, and ``dx`` has the gradient that reaches total from elsewhere added to it.
 
 A row up to ``_FORWARD_LIMIT`` (``_BACKWARD_LIMIT``) elements is read once and kept in registers; wider rows are read
 block by block, twice.
@@ -12,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._library import device_of
+from ._launch import launch
 from ._rows import as_rows, empty_in_order, memory_order, multiprocessors
 from ._triton import tl, triton
 
@@ -22,6 +23,8 @@ _FORWARD_LIMIT = 32768
 _BACKWARD_LIMIT = 16384  # the backward holds three rows in registers: x, dy and the sum for dW
 _WIDE_BLOCK = 4096
 _WARPS_PER_PROCESSOR = 16  # of the backward, by its registers; each program more also means a partial sum of dW more
+_TILES_OF_ONE_PROGRAM = 4  # looping over so few takes no longer than another launch that adds up partial sums
+_SUM_TILE = 32, 128, 4  # columns, rows and warps of a program that adds up partial sums
 
 
 @lru_cache
@@ -33,6 +36,13 @@ def _tile(width: int, limit: int) -> tuple[int, int, int]:
     rows = max(1, 2048 // columns)
     most_warps = 16 if torch.version.hip else 32
     return columns, rows, min(max(columns * rows // 512, 1), most_warps)
+
+
+def _programs(tiles: int, warps: int, device: torch.device) -> int:
+    """How many programs of the backward share the tiles of rows."""
+    if tiles <= _TILES_OF_ONE_PROGRAM:
+        return 1
+    return min(tiles, max(1, _WARPS_PER_PROCESSOR // warps) * multiprocessors(device))
 
 
 @triton.jit
@@ -47,25 +57,39 @@ def _scale(weight, OFFSET: tl.constexpr, CASTING: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    normalized,
-    weight_ptr,
-    bias_ptr,
+def _load_rows(
+    x_ptr,
+    x_stride,
+    residual_ptr,
+    residual_stride,
+    total_ptr,
+    rows,
     columns,
-    in_row,
-    OFFSET: tl.constexpr,
-    CASTING: tl.constexpr,
-    X_DTYPE: tl.constexpr,
+    mask,
+    WIDTH: tl.constexpr,
+    STORE: tl.constexpr,
 ):
-    """y in fp32 from normalised rows (ROWS, BLOCK) in fp32."""
+    """Rows of x in fp32 or, with a residual, of x + residual, rounded to total's dtype and stored there if told so."""
+    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + rows[:, None] * residual_stride + columns[None, :], mask=mask, other=0.0)
+        total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
+        if STORE:
+            tl.store(total_ptr + rows[:, None] * WIDTH + columns[None, :], total, mask=mask)
+        x = total.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _finish(normalized, scale, shift, CASTING: tl.constexpr, ROW_DTYPE: tl.constexpr):
+    """y in fp32 from normalised rows (ROWS, BLOCK) in fp32; scale and shift (BLOCK,) may be None."""
     y = normalized
     if CASTING == "llama":
-        y = y.to(X_DTYPE).to(tl.float32)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0)
-        y = y * _scale(weight, OFFSET, CASTING)[None, :]
-    if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+        y = y.to(ROW_DTYPE).to(tl.float32)
+    if scale is not None:
+        y = y * scale[None, :]
+    if shift is not None:
+        y = y + shift[None, :]
     return y
 
 
@@ -73,8 +97,11 @@ def _finish(
 def _forward_kernel(
     x_ptr,
     x_stride,
+    residual_ptr,
+    residual_stride,
     weight_ptr,
     bias_ptr,
+    total_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
@@ -88,46 +115,60 @@ def _forward_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
-    columns = tl.arange(0, BLOCK)
-    x_rows = x_ptr + rows[:, None] * x_stride
     y_rows = y_ptr + rows[:, None] * WIDTH
-    x_dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row_dtype: tl.constexpr = x_ptr.dtype.element_ty if total_ptr is None else total_ptr.dtype.element_ty
     y_dtype: tl.constexpr = y_ptr.dtype.element_ty
+    scale = None
+    shift = None
 
     if WIDTH <= BLOCK:
+        columns = tl.arange(0, BLOCK)
         in_row = columns < WIDTH
         mask = live[:, None] & in_row[None, :]
-        x = tl.load(x_rows + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = _load_rows(x_ptr, x_stride, residual_ptr, residual_stride, total_ptr, rows, columns, mask, WIDTH, True)
+        # Before the sums, so that these loads are under way as well.
+        if weight_ptr is not None:
+            scale = _scale(tl.load(weight_ptr + columns, mask=in_row, other=0.0), OFFSET, CASTING)
+        if bias_ptr is not None:
+            shift = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
         if mean_ptr is not None:
             mean = tl.sum(x, axis=1) / WIDTH
             tl.store(mean_ptr + rows, mean, mask=live)
             x = tl.where(mask, x - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + eps)
-        y = _finish(x * rstd[:, None], weight_ptr, bias_ptr, columns, in_row, OFFSET, CASTING, x_dtype)
+        y = _finish(x * rstd[:, None], scale, shift, CASTING, row_dtype)
         tl.store(y_rows + columns[None, :], y.to(y_dtype), mask=mask)
     else:
         mean = tl.zeros((ROWS,), tl.float32)
         if mean_ptr is not None:
             total = tl.zeros((ROWS, BLOCK), tl.float32)
             for start in range(0, WIDTH, BLOCK):
-                mask = live[:, None] & (start + columns < WIDTH)[None, :]
-                total += tl.load(x_rows + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
+                columns = start + tl.arange(0, BLOCK)
+                mask = live[:, None] & (columns < WIDTH)[None, :]
+                total += _load_rows(
+                    x_ptr, x_stride, residual_ptr, residual_stride, total_ptr, rows, columns, mask, WIDTH, False
+                )
             mean = tl.sum(total, axis=1) / WIDTH
             tl.store(mean_ptr + rows, mean, mask=live)
         squares = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, WIDTH, BLOCK):
-            mask = live[:, None] & (start + columns < WIDTH)[None, :]
-            x = tl.load(x_rows + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
+            columns = start + tl.arange(0, BLOCK)
+            mask = live[:, None] & (columns < WIDTH)[None, :]
+            x = _load_rows(x_ptr, x_stride, residual_ptr, residual_stride, total_ptr, rows, columns, mask, WIDTH, False)
             x = tl.where(mask, x - mean[:, None], 0.0)
             squares += x * x
         rstd = tl.rsqrt(tl.sum(squares, axis=1) / WIDTH + eps)
         for start in range(0, WIDTH, BLOCK):
-            in_row = start + columns < WIDTH
+            columns = start + tl.arange(0, BLOCK)
+            in_row = columns < WIDTH
             mask = live[:, None] & in_row[None, :]
-            x = tl.load(x_rows + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
-            normalized = (x - mean[:, None]) * rstd[:, None]
-            y = _finish(normalized, weight_ptr, bias_ptr, start + columns, in_row, OFFSET, CASTING, x_dtype)
-            tl.store(y_rows + (start + columns)[None, :], y.to(y_dtype), mask=mask)
+            x = _load_rows(x_ptr, x_stride, residual_ptr, residual_stride, total_ptr, rows, columns, mask, WIDTH, True)
+            if weight_ptr is not None:
+                scale = _scale(tl.load(weight_ptr + columns, mask=in_row, other=0.0), OFFSET, CASTING)
+            if bias_ptr is not None:
+                shift = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+            y = _finish((x - mean[:, None]) * rstd[:, None], scale, shift, CASTING, row_dtype)
+            tl.store(y_rows + columns[None, :], y.to(y_dtype), mask=mask)
     tl.store(rstd_ptr + rows, rstd, mask=live)
 
 
@@ -140,6 +181,15 @@ def _load_statistic(ptr, rows, live):
         return tl.load(ptr + rows, mask=live, other=0.0)
 
 
+@triton.jit
+def _store_share(share, sum_ptr, partials_ptr, columns, in_row, WIDTH: tl.constexpr):
+    """This program's share of dW or db (BLOCK,), to (programs, WIDTH) partial sums; the only program's is the sum."""
+    if tl.num_programs(0) == 1:
+        tl.store(sum_ptr + columns, share.to(sum_ptr.dtype.element_ty), mask=in_row)
+    else:
+        tl.store(partials_ptr + tl.program_id(0).to(tl.int64) * WIDTH + columns, share, mask=in_row)
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
     dy_ptr,
@@ -149,9 +199,12 @@ def _backward_kernel(
     weight_ptr,
     mean_ptr,
     rstd_ptr,
+    dtotal_ptr,
+    dtotal_stride,
     dx_ptr,
     dweight_ptr,
     dbias_ptr,
+    partials_ptr,
     n_rows,
     WIDTH: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -159,7 +212,7 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """dx, and this program's share of dW and db, (programs, WIDTH), over the rows that it strides through."""
+    """dx, and this program's share of dW and db, over the rows that it strides through."""
     program = tl.program_id(0)
     step = tl.num_programs(0) * ROWS
     columns = tl.arange(0, BLOCK)
@@ -181,6 +234,8 @@ def _backward_kernel(
     next_mean = _load_statistic(mean_ptr, rows, live)
     for _ in range(program * ROWS, n_rows, step):
         x, dy, rstd, mean = next_x.to(tl.float32), next_dy.to(tl.float32), next_rstd[:, None], next_mean[:, None]
+        if dtotal_ptr is not None:
+            dtotal = tl.load(dtotal_ptr + rows[:, None] * dtotal_stride + columns[None, :], mask=mask, other=0.0)
         dx_ptrs = dx_ptr + rows[:, None] * WIDTH + columns[None, :]
         stored = mask
         rows += step
@@ -196,22 +251,26 @@ def _backward_kernel(
         g = dy
         if weight_ptr is not None:
             g = dy * scale
+        if dweight_ptr is not None:
+            if CASTING == "llama":
+                dweight += dy * normalized.to(x_ptr.dtype.element_ty).to(tl.float32)
+            else:
+                dweight += dy * normalized
+        if dbias_ptr is not None:
+            dbias += dy
         dx = g - normalized * (tl.sum(g * normalized, axis=1) / WIDTH)[:, None]
         if mean_ptr is not None:
             dx -= (tl.sum(g, axis=1) / WIDTH)[:, None]
-        tl.store(dx_ptrs, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=stored)
-        if dweight_ptr is not None:
-            if CASTING == "llama":
-                normalized = normalized.to(x_ptr.dtype.element_ty).to(tl.float32)
-            dweight += dy * normalized
-        if dbias_ptr is not None:
-            dbias += dy
+        dx *= rstd
+        if dtotal_ptr is not None:
+            dx += dtotal.to(tl.float32)
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=stored)
 
-    partial = program * WIDTH + columns
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0), mask=in_row)
+        _store_share(tl.sum(dweight, axis=0), dweight_ptr, partials_ptr, columns, in_row, WIDTH)
+        partials_ptr += tl.num_programs(0).to(tl.int64) * WIDTH
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=in_row)
+        _store_share(tl.sum(dbias, axis=0), dbias_ptr, partials_ptr, columns, in_row, WIDTH)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -261,9 +320,12 @@ def _wide_backward_kernel(
     mean_ptr,
     rstd_ptr,
     means_ptr,
+    dtotal_ptr,
+    dtotal_stride,
     dx_ptr,
     dweight_ptr,
     dbias_ptr,
+    partials_ptr,
     n_rows,
     WIDTH: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -292,17 +354,20 @@ def _wide_backward_kernel(
         dx = g - normalized * tl.load(means_ptr + row)
         if mean_ptr is not None:
             dx -= tl.load(means_ptr + n_rows.to(tl.int64) + row)
-        tl.store(dx_ptr + row * WIDTH + columns, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
+        dx *= rstd
+        if dtotal_ptr is not None:
+            dx += tl.load(dtotal_ptr + row * dtotal_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * WIDTH + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if CASTING == "llama":
             normalized = normalized.to(x_ptr.dtype.element_ty).to(tl.float32)
         dweight += dy * normalized
         dbias += dy
         row += tl.num_programs(0)
-    partial = program * WIDTH + columns
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, dweight, mask=mask)
+        _store_share(dweight, dweight_ptr, partials_ptr, columns, mask, WIDTH)
+        partials_ptr += tl.num_programs(0).to(tl.int64) * WIDTH
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, dbias, mask=mask)
+        _store_share(dbias, dbias_ptr, partials_ptr, columns, mask, WIDTH)
 
 
 @triton.jit
@@ -311,32 +376,22 @@ def _column_sum(partials_ptr, sum_ptr, n_partials, columns, WIDTH: tl.constexpr,
     total = tl.zeros((ROWS, columns.shape[0]), tl.float32)
     for start in range(0, n_partials, ROWS):
         rows = start + tl.arange(0, ROWS)
-        tile = rows[:, None] * WIDTH + columns[None, :]
+        tile = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         total += tl.load(partials_ptr + tile, mask=(rows < n_partials)[:, None] & mask[None, :], other=0.0)
     tl.store(sum_ptr + columns, tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_partials"])
 def _sum_partials_kernel(
-    first_ptr,
-    first_sum_ptr,
-    second_ptr,
-    second_sum_ptr,
-    n_partials,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    partials_ptr, dweight_ptr, dbias_ptr, n_partials, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Column sums of one or two (n_partials, WIDTH) tensors in fp32."""
+    """dW and db, where wanted, from (n_partials, WIDTH) partial sums of each, in fp32, one after the other."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if first_ptr is not None:
-        _column_sum(first_ptr, first_sum_ptr, n_partials, columns, WIDTH, ROWS)
-    if second_ptr is not None:
-        _column_sum(second_ptr, second_sum_ptr, n_partials, columns, WIDTH, ROWS)
-
-
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
+    if dweight_ptr is not None:
+        _column_sum(partials_ptr, dweight_ptr, n_partials, columns, WIDTH, ROWS)
+        partials_ptr += n_partials.to(tl.int64) * WIDTH
+    if dbias_ptr is not None:
+        _column_sum(partials_ptr, dbias_ptr, n_partials, columns, WIDTH, ROWS)
 
 
 def normalize(
@@ -349,23 +404,33 @@ def normalize(
     centered: bool,
     offset: float = 0.0,
     casting: str = "none",
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(y, mean or None, rstd): y of x's shape and memory order, the statistics of its leading shape in fp32."""
+    """(y, mean or None, rstd): y of x's shape and memory order, the statistics of its leading shape in fp32.
+
+    With a residual of x's shape, x + residual is normalised, and written into total, dense in x's memory order.
+    """
     order = memory_order(x)
     y = empty_in_order(x, order, y_dtype)
     rstd = empty_in_order(x, order, torch.float32, per_row=True)
     mean = empty_in_order(x, order, torch.float32, per_row=True) if centered else None
-    if x.numel() == 0:
+    if not x.numel():
         return y, mean if mean is None else mean.zero_(), rstd.zero_()
-    x, stride = as_rows(x, order)
     width = x.shape[-1]
+    x, stride = as_rows(x, order)
+    residual, residual_stride = (None, 0) if residual is None else as_rows(residual, order)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     n_rows = x.numel() // width
     block, rows, warps = _tile(width, _FORWARD_LIMIT)
-    with device_of(x):
-        _forward_kernel[((n_rows + rows - 1) // rows,)](
-            x, stride, _dense(weight), _dense(bias), y, mean, rstd, n_rows, eps,
-            width, offset, casting, block, rows, num_warps=warps,
-        )  # fmt: skip
+    launch(
+        _forward_kernel,
+        ((n_rows + rows - 1) // rows, 1, 1),
+        (x, stride, residual, residual_stride, weight, bias, total, y, mean, rstd, n_rows, eps),
+        (width, offset, casting, block, rows),
+        num_warps=warps,
+    )
     return y, mean, rstd
 
 
@@ -380,14 +445,18 @@ def normalize_backward(
     *,
     offset: float = 0.0,
     casting: str = "none",
+    dtotal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias): dx in x's dtype and memory order, the others in the dtype given, None without one."""
+    """(dx, dweight, dbias): dx in x's dtype and memory order, the others in the dtype given, None without one.
+
+    dtotal, of x's shape, is added to dx.
+    """
     width = x.shape[-1]
     order = memory_order(x)
     dx = empty_in_order(x, order, x.dtype)
     dweight = None if dweight_dtype is None else torch.empty(width, dtype=dweight_dtype, device=x.device)
     dbias = None if dbias_dtype is None else torch.empty(width, dtype=dbias_dtype, device=x.device)
-    if x.numel() == 0:
+    if not x.numel():
         return dx, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
 
     if order is not None:  # no copies: the forward made the statistics in this order
@@ -395,32 +464,41 @@ def normalize_backward(
         mean = None if mean is None else mean.permute(order).contiguous()
     x, x_stride = as_rows(x, order)
     dy, dy_stride = as_rows(dy, order)
-    weight = _dense(weight)
+    dtotal, dtotal_stride = (None, 0) if dtotal is None else as_rows(dtotal, order)
+    weight = None if weight is None else weight.contiguous()
     n_rows = x.numel() // width
     block, rows, warps = _tile(width, _BACKWARD_LIMIT)
-    programs = min((n_rows + rows - 1) // rows, max(1, _WARPS_PER_PROCESSOR // warps) * multiprocessors(x.device))
-    n_sums = (dweight is not None) + (dbias is not None)
-    partials = torch.empty((n_sums, programs, width), dtype=torch.float32, device=x.device)
-    dweight_partials = None if dweight is None else partials[0]
-    dbias_partials = None if dbias is None else partials[-1]
-    with device_of(x):
-        if width <= block:
-            _backward_kernel[(programs,)](
-                dy, dy_stride, x, x_stride, weight, mean, rstd, dx, dweight_partials, dbias_partials, n_rows,
-                width, offset, casting, block, rows, num_warps=warps,
-            )  # fmt: skip
-        else:
-            means = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
-            _wide_means_kernel[(n_rows,)](
-                dy, dy_stride, x, x_stride, weight, mean, rstd, means, n_rows,
-                width, offset, casting, block, num_warps=warps,
-            )  # fmt: skip
-            _wide_backward_kernel[(programs, (width + block - 1) // block)](
-                dy, dy_stride, x, x_stride, weight, mean, rstd, means, dx, dweight_partials, dbias_partials, n_rows,
-                width, offset, casting, block, num_warps=warps,
-            )  # fmt: skip
-        if n_sums:
-            _sum_partials_kernel[((width + 31) // 32,)](
-                dweight_partials, dweight, dbias_partials, dbias, programs, width, 32, 128, num_warps=4
-            )
+    programs = _programs((n_rows + rows - 1) // rows, warps, x.device)
+    n_sums = 0 if programs == 1 else (dweight is not None) + (dbias is not None)
+    # Without partial sums any tensor in fp32 will do: nothing is written to it, and the kernel stays the same.
+    partials = torch.empty(n_sums * programs * width, dtype=torch.float32, device=x.device) if n_sums else rstd
+    rows_of = (dy, dy_stride, x, x_stride, weight, mean, rstd)
+    if width <= block:
+        launch(
+            _backward_kernel,
+            (programs, 1, 1),
+            (*rows_of, dtotal, dtotal_stride, dx, dweight, dbias, partials, n_rows),
+            (width, offset, casting, block, rows),
+            num_warps=warps,
+        )
+    else:
+        means = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
+        constants = width, offset, casting, block
+        launch(_wide_means_kernel, (n_rows, 1, 1), (*rows_of, means, n_rows), constants, num_warps=warps)
+        launch(
+            _wide_backward_kernel,
+            (programs, (width + block - 1) // block, 1),
+            (*rows_of, means, dtotal, dtotal_stride, dx, dweight, dbias, partials, n_rows),
+            constants,
+            num_warps=warps,
+        )
+    if n_sums:
+        columns, sum_rows, sum_warps = _SUM_TILE
+        launch(
+            _sum_partials_kernel,
+            ((width + columns - 1) // columns, 1, 1),
+            (partials, dweight, dbias, programs),
+            (width, columns, sum_rows),
+            num_warps=sum_warps,
+        )
     return dx, dweight, dbias

@@ -27,12 +27,10 @@ import torch
 from torch import Tensor
 
 from ._dtypes import accumulation_dtype
-from ._library import device_of
+from ._launch import launch
 from ._triton import tl, triton
 
-__all__ = ["REDUCTIONS", "RowLoss", "reduce_rows", "softmax_loss_rows"]
-
-REDUCTIONS = ("none", "sum", "mean")
+__all__ = ["RowLoss", "softmax_loss_rows"]
 
 
 class RowLoss(NamedTuple):
@@ -87,7 +85,6 @@ def _softmax_loss_kernel(
     class_weights_ptr,  # (V,) or None
     token_loss_ptr,  # (N,) out, or None where lse is known
     lse_ptr,  # (N,) out, or in where KNOWN_LSE
-    row_weight_ptr,  # (N,) out, or None: what the row adds to the divisor of a weighted mean
     predicted_ptr,  # (N,) out, or None
     upstream_ptr,  # scalar or (N,), or None for 1
     upstream_stride,
@@ -104,7 +101,11 @@ def _softmax_loss_kernel(
     TOKEN_SCALING: tl.constexpr,
     KNOWN_LSE: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
 ):
+    # The gradient pass reads the row a second time: as much of it as can be should wait in the L2 until then.
+    first_policy: tl.constexpr = "" if gradient_ptr is None else "evict_last"
+    last_policy: tl.constexpr = "evict_first"
     tile_row = tl.program_id(0).to(tl.int64)
     row = tile_row
     if rows_ptr is not None:
@@ -118,8 +119,6 @@ def _softmax_loss_kernel(
         if not KNOWN_LSE:
             tl.store(token_loss_ptr + row, 0.0)
             tl.store(lse_ptr + row, 0.0)
-            if row_weight_ptr is not None:
-                tl.store(row_weight_ptr + row, 0.0)
             if predicted_ptr is not None:
                 tl.store(predicted_ptr + row, -1)
         if gradient_ptr is not None:
@@ -152,34 +151,34 @@ def _softmax_loss_kernel(
     if KNOWN_LSE:
         lse = tl.load(lse_ptr + row)
     else:
-        # Maximum and sum of exponentials a lane: no reduction across the program inside the loop.
-        maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        weighted_z = tl.zeros((BLOCK,), tl.float32)
+        # A maximum and a sum of exponentials for every LANE neighbours, which one thread holds: the loop needs no
+        # reduction across threads, and little more than one exponential an element.
+        maximum = tl.full((BLOCK // LANE,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK // LANE,), tl.float32)
+        weighted_z = tl.zeros((BLOCK // LANE,), tl.float32)
         best = float("-inf")
         best_column = 0
         for start in range(0, n_classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             mask = columns < n_classes
-            z, slope = _transform(
-                tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32), inner, outer, SOFTCAP
-            )
+            logits = tl.load(logits_ptr + columns, mask=mask, other=0.0, eviction_policy=first_policy)
+            z, slope = _transform(logits.to(tl.float32), inner, outer, SOFTCAP)
             if SMOOTHING:
+                weighted = z
                 if class_weights_ptr is not None:
-                    weights = tl.load(class_weights_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-                    weighted_z += tl.where(mask, weights * z, 0.0)
-                else:
-                    weighted_z += tl.where(mask, z, 0.0)
+                    weighted *= tl.load(class_weights_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+                weighted_z += tl.sum(tl.reshape(tl.where(mask, weighted, 0.0), (BLOCK // LANE, LANE)), 1)
             z = tl.where(mask, z, float("-inf"))
             if predicted_ptr is not None:
                 block_best, block_column = tl.max(z, 0, return_indices=True)
                 better = block_best > best
                 best = tl.where(better, block_best, best)
                 best_column = tl.where(better, start + block_column, best_column)
-            block_maximum = tl.maximum(maximum, z)
-            # A lane that has seen only -inf so far must not form -inf - -inf.
+            z = tl.reshape(z, (BLOCK // LANE, LANE))
+            block_maximum = tl.maximum(maximum, tl.max(z, 1))
+            # Neighbours that were all -inf so far must not form -inf - -inf.
             shift = tl.where(block_maximum == float("-inf"), 0.0, block_maximum)
-            total = total * tl.exp(maximum - shift) + tl.exp(z - shift)
+            total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
             maximum = block_maximum
         row_maximum = tl.max(maximum, 0)
         shift = tl.where(row_maximum == float("-inf"), 0.0, row_maximum)
@@ -194,8 +193,6 @@ def _softmax_loss_kernel(
             loss += smoothing / n_classes * (total_class_weight * lse - tl.sum(weighted_z, 0))
         tl.store(token_loss_ptr + row, scaled_weight * loss)
         tl.store(lse_ptr + row, lse)
-        if row_weight_ptr is not None:
-            tl.store(row_weight_ptr + row, token_weight * label_weight)
         if predicted_ptr is not None:
             tl.store(predicted_ptr + row, best_column)
 
@@ -208,21 +205,27 @@ def _softmax_loss_kernel(
         hit = factor * (1.0 - smoothing) * label_weight
         spread = factor * smoothing / n_classes
         probability_factor = hit + spread * total_class_weight + factor * 2.0 * z_loss * lse
+        if not SOFTCAP:  # dz/dl is the same everywhere
+            hit *= inner
+            spread *= inner
+            probability_factor *= inner
+        label_column = safe_label.to(tl.int32)
         for start in range(0, n_classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             mask = columns < n_classes
-            z, slope = _transform(
-                tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32), inner, outer, SOFTCAP
-            )
+            logits = tl.load(logits_ptr + columns, mask=mask, other=0.0, eviction_policy=last_policy)
+            z, slope = _transform(logits.to(tl.float32), inner, outer, SOFTCAP)
             gradient = tl.exp(z - lse) * probability_factor
             if SMOOTHING:
                 if class_weights_ptr is not None:
                     gradient -= spread * tl.load(class_weights_ptr + columns, mask=mask, other=0.0).to(tl.float32)
                 else:
                     gradient -= spread
-            gradient -= tl.where(columns == label, hit, 0.0)
-            gradient *= slope
-            tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=mask)
+            gradient -= tl.where(columns == label_column, hit, 0.0)
+            if SOFTCAP:
+                gradient *= slope
+            gradient = gradient.to(gradient_ptr.dtype.element_ty)
+            tl.store(gradient_ptr + columns, gradient, mask=mask, eviction_policy=last_policy)
 
 
 def _softmax_loss_reference(
@@ -235,7 +238,6 @@ def _softmax_loss_reference(
     class_weights: Tensor | None,
     token_loss: Tensor | None,
     lse: Tensor,
-    row_weight: Tensor | None,
     predicted: Tensor | None,
     gradient: Tensor | None,
     known_lse: bool,
@@ -271,8 +273,6 @@ def _softmax_loss_reference(
             loss = loss + spec.label_smoothing / n_classes * (classes.sum() * row_lse - z @ classes)
         token_loss[index] = torch.where(valid, scaled_weight * loss, 0)
         lse[index] = torch.where(valid, row_lse, 0)
-        if row_weight is not None:
-            row_weight[index] = torch.where(valid, token_weight * label_weight, 0)
         if predicted is not None:
             predicted[index] = torch.where(valid, z.argmax(1), -1)
     if gradient is None:
@@ -307,7 +307,6 @@ def softmax_loss_rows(
     class_weights: Tensor | None = None,  # (V,)
     token_loss: Tensor | None = None,  # (N,) out
     lse: Tensor,  # (N,) out, or in
-    row_weight: Tensor | None = None,  # (N,) out
     predicted: Tensor | None = None,  # (N,) int64 out
     gradient: Tensor | None = None,  # (R, V) out; may be logits
     known_lse: bool = False,
@@ -333,7 +332,6 @@ def softmax_loss_rows(
             class_weights=class_weights,
             token_loss=token_loss,
             lse=lse,
-            row_weight=row_weight,
             predicted=predicted,
             gradient=gradient,
             known_lse=known_lse,
@@ -342,12 +340,18 @@ def softmax_loss_rows(
             gradient_scale=gradient_scale,
         )
         return
+    # The kernel reads these with unit stride.
+    labels = labels.contiguous()
+    token_weights = None if token_weights is None else token_weights.contiguous()
+    class_weights = None if class_weights is None else class_weights.contiguous()
     n_classes = logits.shape[1]
-    # Wide blocks and all of a multiprocessor's warps: one row a multiprocessor at a time, most of which the L2 still
-    # holds when the gradient pass reads it again.
-    block = min(triton.next_power_of_2(n_classes), 16384)
-    with device_of(logits):
-        _softmax_loss_kernel[(logits.shape[0],)](
+    # Wide blocks and many warps: few rows at a time on a multiprocessor, most of which the L2 still holds when the
+    # gradient pass reads them again.
+    block = min(max(triton.next_power_of_2(n_classes), 16), 16384)
+    launch(
+        _softmax_loss_kernel,
+        (logits.shape[0], 1, 1),
+        (
             logits,
             logits.stride(0),
             gradient,
@@ -358,122 +362,14 @@ def softmax_loss_rows(
             class_weights,
             token_loss,
             lse,
-            row_weight,
             predicted,
             upstream,
             0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
             scale,
             n_classes,
-            spec.ignore_index,
-            spec.inner,
-            spec.outer,
-            spec.label_smoothing,
-            spec.z_loss,
+            *spec[:5],
             gradient_scale,
-            SOFTCAP=spec.outer != 0,
-            SMOOTHING=spec.label_smoothing != 0,
-            TOKEN_SCALING=spec.token_scaling,
-            KNOWN_LSE=known_lse,
-            BLOCK=block,
-            num_warps=max(4, min(32, block // 512)),
-        )
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_processed", "divisor"])
-def _reduce_kernel(
-    token_loss_ptr,  # (N,)
-    labels_ptr,  # (N,)
-    row_weight_ptr,  # (N,) or None: every valid row weighs 1
-    divisor_ptr,  # scalar, or None
-    loss_ptr,  # scalar out
-    scale_ptr,  # scalar out
-    n_rows,
-    n_processed,
-    divisor,
-    ignore_index,
-    gradient_scale,
-    MEAN: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    losses = tl.zeros((BLOCK,), tl.float32)
-    weights = tl.zeros((BLOCK,), tl.float32)
-    counts = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, n_rows, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        mask = rows < n_rows
-        losses += tl.load(token_loss_ptr + rows, mask=mask, other=0.0)
-        counts += (tl.load(labels_ptr + rows, mask=mask, other=ignore_index) != ignore_index).to(tl.int32)
-        if row_weight_ptr is not None:
-            weights += tl.load(row_weight_ptr + rows, mask=mask, other=0.0)
-    count = tl.sum(counts, 0)
-    total = tl.sum(losses, 0)
-    over = tl.full((), 1.0, tl.float32)
-    if divisor_ptr is not None:
-        over = tl.load(divisor_ptr).to(tl.float32)
-    elif DIVISOR:
-        over *= divisor
-    elif MEAN:
-        if row_weight_ptr is not None:
-            over = tl.sum(weights, 0)
-        else:
-            over = count.to(tl.float32)
-    if MEAN:
-        over = tl.where(count == 0, 1.0, over)
-    over = tl.where(count > n_processed, float("nan"), over)
-    tl.store(loss_ptr, total / over)
-    tl.store(scale_ptr, 1.0 / (over * gradient_scale))
-
-
-def reduce_rows(
-    token_loss: Tensor,  # (N,)
-    labels: Tensor,  # (N,)
-    *,
-    mean: bool,
-    row_weight: Tensor | None,  # (N,)
-    divisor_tensor: Tensor | None,  # ()
-    divisor: float | None,
-    ignore_index: int,
-    n_processed: int,
-    gradient_scale: float,
-    use_kernel: bool,
-) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and what turns a row's unreduced gradient times ``gradient_scale`` into the loss's.
-
-    The mean is over the rows' weights (1 each where ``row_weight`` is None), or over ``divisor``; with no valid row it
-    is 0. Both are NaN if more than ``n_processed`` labels are valid, so that a wrong bound can't pass unseen.
-    """
-    if use_kernel and token_loss.dtype == torch.float32:
-        loss, scale = (token_loss.new_empty(()) for _ in range(2))
-        with device_of(token_loss):
-            _reduce_kernel[(1,)](
-                token_loss,
-                labels,
-                row_weight,
-                divisor_tensor,
-                loss,
-                scale,
-                token_loss.shape[0],
-                n_processed,
-                1.0 if divisor is None else float(divisor),
-                ignore_index,
-                gradient_scale,
-                MEAN=mean,
-                DIVISOR=divisor is not None,
-                BLOCK=1024,
-                num_warps=8,
-            )
-        return loss, scale
-    count = (labels != ignore_index).sum()
-    if divisor_tensor is not None:
-        over = divisor_tensor.to(token_loss.dtype)
-    elif divisor is not None:
-        over = token_loss.new_tensor(divisor)
-    elif not mean:
-        over = token_loss.new_ones(())
-    else:
-        over = count.to(token_loss.dtype) if row_weight is None else row_weight.sum()
-    if mean:
-        over = torch.where(count == 0, 1.0, over)
-    over = torch.where(count > n_processed, torch.nan, over)
-    return token_loss.sum() / over, 1 / (over * gradient_scale)
+        ),
+        (spec.outer != 0, spec.label_smoothing != 0, spec.token_scaling, known_lse, block, 16 // logits.itemsize),
+        num_warps=max(4, min(32, block // 512)),
+    )

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from ._dtypes import accumulation_dtype
-from ._library import device_of
+from ._launch import launch
+from ._rows import multiprocessors
 from ._triton import tl, triton
 
 __all__ = [
-    "DEFAULT_TILE_BYTES",
     "HeadGradients",
     "partition_rows",
+    "plan",
     "run_tiles",
     "scaled",
     "tiles",
     "without_autocast",
 ]
 
-# Every tile reads and writes the whole fp32 gradient of the weight, so few and large ones are fastest. Larger than this
-# they would set a training step's peak, which else is the moment when that gradient exists in fp32 and in bf16.
-DEFAULT_TILE_BYTES = 480 * 2**20
+_TILE_BYTES = 512 * 2**20
+_SMALL_TILE_BYTES = 256 * 2**20
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -38,18 +38,39 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def plan(
+    n_rows: int, weight: Tensor, dtype: torch.dtype, weight_gradient_dtype: torch.dtype | None, tile_bytes: int | None
+) -> tuple[int, bool]:
+    """(bytes of a tile, whether one tile is to hold all rows), for products in ``dtype``.
+
+    A gradient of the weight that is rounded in the end accumulates over tiles in a wider buffer, of which every tile
+    reads and writes the whole: few and large tiles are fastest. Up to the size of the rounded gradient they cost
+    nothing, since once they are freed buffer and gradient exist together. And where the logits of all rows take no more
+    than all that, one product makes that gradient from them, accumulated and rounded in its registers.
+    """
+    itemsize = dtype.itemsize
+    accumulated = accumulation_dtype(dtype).itemsize
+    if weight_gradient_dtype is None or weight_gradient_dtype.itemsize >= accumulated:
+        return _TILE_BYTES if tile_bytes is None else tile_bytes, False
+    gradient_bytes = weight.numel() * weight_gradient_dtype.itemsize
+    if tile_bytes is None:
+        tile_bytes = max(gradient_bytes, _SMALL_TILE_BYTES)
+    most = weight.numel() * accumulated + max(gradient_bytes, tile_bytes)
+    return tile_bytes, n_rows * weight.shape[0] * itemsize + gradient_bytes <= most
+
+
 def tiles(n_rows: int, n_classes: int, itemsize: int, tile_bytes: int) -> Iterator[tuple[int, int]]:
     """Cut n_rows into ranges of nearly equal length whose logits fit in tile_bytes (one row at the least)."""
     most = max(1, tile_bytes // (n_classes * itemsize))
-    if n_rows == 0:
-        return
-    # Whole multiples of 64 rows keep the matrix products on their fast path.
-    unit = 64 if most >= 64 else 1
-    most -= most % unit
-    rows = -(-n_rows // -(-n_rows // most))
-    rows = -(-rows // unit) * unit
-    for start in range(0, n_rows, rows):
-        yield start, min(start + rows, n_rows)
+    # The matrix products are at their best on whole multiples of their own tiles, some percent faster than between.
+    unit = 256 if most >= 1024 else 64 if most >= 64 else 1
+    n_units = -(-n_rows // unit)
+    n_tiles = -(-n_units // (most // unit))
+    start = 0
+    for tile in range(n_tiles):
+        end = min(n_rows, -(-n_units * (tile + 1) // n_tiles) * unit)  # none is longer than the first
+        yield start, end
+        start = end
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -82,10 +103,10 @@ def partition_rows(
     if n == 0 or (max_valid is not None and max_valid >= n):
         return None, n
     if use_kernel:
+        labels = labels.contiguous()
         rows = labels.new_empty(n)
         count = labels.new_empty((), dtype=torch.int32)
-        with device_of(labels):
-            _partition_kernel[(1,)](labels, rows, count, n, ignore_index, BLOCK=1024, num_warps=8)
+        launch(_partition_kernel, (1, 1, 1), (labels, rows, count, n, ignore_index), (1024,), num_warps=8)
     else:
         ignored = labels == ignore_index
         rows = ignored.to(torch.int8).argsort(stable=True)
@@ -128,31 +149,58 @@ def accumulate_weight_gradient(
 
 
 @triton.jit
-def _scaled_kernel(x_ptr, scale_ptr, row_scale_ptr, row_stride, out_ptr, n_elements, row_length, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < n_elements
-    x = tl.load(x_ptr + offsets, mask=mask).to(tl.float32) * tl.load(scale_ptr).to(tl.float32)
-    if row_scale_ptr is not None:
-        x *= tl.load(row_scale_ptr + offsets // row_length * row_stride, mask=mask).to(tl.float32)
-    tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
+def _scaled_kernel(
+    x_ptr,
+    scale_ptr,
+    row_scale_ptr,
+    row_stride,
+    out_ptr,
+    n_elements,
+    row_length,
+    IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    scale = tl.full((), 1.0, tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    n_blocks = tl.cdiv(n_elements, BLOCK)
+    if IN_PLACE and row_scale_ptr is None:
+        n_blocks = tl.where(scale == 1.0, 0, n_blocks)
+    length = tl.full((), BLOCK, tl.int64)
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+        offsets = block * length + tl.arange(0, BLOCK)
+        mask = offsets < n_elements
+        x = tl.load(x_ptr + offsets, mask=mask).to(tl.float32) * scale
+        if row_scale_ptr is not None:
+            x *= tl.load(row_scale_ptr + offsets // row_length * row_stride, mask=mask).to(tl.float32)
+        tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def scaled(
     x: Tensor,  # (R, C), contiguous
-    scale: Tensor,  # ()
+    scale: Tensor | None,  # ()
     dtype: torch.dtype,
     row_scale: Tensor | None,  # (R,)
     in_place: bool,
     use_kernel: bool,
 ) -> Tensor:
-    """``x * scale * row_scale[:, None]`` in fp32, rounded once to dtype; over x itself where its dtype allows it."""
-    out = x if in_place and x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
+    """``x * scale * row_scale[:, None]`` in fp32, rounded once to dtype; over x itself where its dtype allows it.
+
+    In place, a ``scale`` that turns out to be 1 on the device costs no pass over x.
+    """
+    in_place = in_place and x.dtype == dtype
+    out = x if in_place else torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return out
     if use_kernel and x.dtype != torch.float64:
         block = 4096
-        with device_of(x):
-            _scaled_kernel[(triton.cdiv(x.numel(), block),)](
+        programs = triton.cdiv(x.numel(), block)
+        if in_place:
+            programs = min(programs, 8 * multiprocessors(x.device))
+        launch(
+            _scaled_kernel,
+            (programs, 1, 1),
+            (
                 x,
                 scale,
                 row_scale,
@@ -160,32 +208,40 @@ def scaled(
                 out,
                 x.numel(),
                 x.shape[-1],
-                BLOCK=block,
-                num_warps=8,
-            )
+            ),
+            (in_place, block),
+            num_warps=8,
+        )
         return out
     x = x.to(accumulation_dtype(x.dtype))
     if row_scale is not None:
         x = x * row_scale.to(x.dtype).unsqueeze(1)
-    return torch.mul(x, scale.to(x.dtype), out=out)
+    return out.copy_(x if scale is None else x * scale.to(x.dtype))
 
 
 class HeadGradients:
     """What a pass over the tiles accumulates: the gradients of hidden states, weight and bias, where they are needed.
 
-    Those not needed have shape (0,). The hidden states' is in the products' dtype, the others are in fp32 or float64.
+    Those not needed have shape (0,). The hidden states' is in the products' dtype, the bias's in fp32 or float64.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, every_row: bool, need: tuple[bool, bool, bool]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        every_row: bool,
+        need: tuple[bool, bool, bool],
     ) -> None:
         self.need_hidden, self.need_weight, self.need_bias = need
-        accumulate = accumulation_dtype(dtype)
         # Every row is written by some tile, or starts as the zeros of a row that none computes.
         make = torch.empty if every_row else torch.zeros
         self.hidden = make(hidden.shape if self.need_hidden else (0,), dtype=dtype, device=hidden.device)
-        self.weight = torch.empty(weight.shape if self.need_weight else (0,), dtype=accumulate, device=hidden.device)
-        self.bias = torch.zeros(weight.shape[:1] if self.need_bias else (0,), dtype=accumulate, device=hidden.device)
+        self.weight = torch.empty(weight.shape if self.need_weight else (0,), dtype=weight_dtype, device=hidden.device)
+        self.bias = torch.zeros(
+            weight.shape[:1] if self.need_bias else (0,), dtype=accumulation_dtype(dtype), device=hidden.device
+        )
 
     def add(self, logit_gradient: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor | slice, first: bool) -> None:
         if self.need_hidden:
@@ -208,7 +264,8 @@ def run_tiles(
     rows: Tensor | None,  # (N,)
     n_valid: int,
     compute_dtype: torch.dtype,
-    tile_bytes: int,
+    weight_gradient_dtype: torch.dtype,
+    tile_bytes: int | None,
     need: tuple[bool, bool, bool],
 ) -> HeadGradients:
     """Make logits a tile at a time, for the first ``n_valid`` rows of the permutation ``rows``, or for all in order.
@@ -216,13 +273,20 @@ def run_tiles(
     ``on_tile(logits, row_index, gradient)`` gets (R, V) logits, the (R,) rows that they belong to (None: all N in their
     order), and where a gradient is needed the buffer to write that of the logits to, which is the logits' own.
     """
+    n_classes = weight.shape[0]
+    need_weight = need[1]
+    tile_bytes, at_once = plan(
+        n_valid, weight, compute_dtype, weight_gradient_dtype if need_weight else None, tile_bytes
+    )
     weight = weight.to(compute_dtype)
     bias = None if bias is None else bias.to(compute_dtype)
     every_row = rows is None and n_valid == len(hidden)
-    gradients = HeadGradients(hidden, weight, compute_dtype, every_row, need)
-    n_classes = weight.shape[0]
+    weight_dtype = weight_gradient_dtype if at_once else accumulation_dtype(compute_dtype)
+    gradients = HeadGradients(hidden, weight, compute_dtype, weight_dtype, every_row, need)
     buffer: Tensor | None = None
-    for start, end in tiles(n_valid, n_classes, compute_dtype.itemsize, tile_bytes):
+    logits: Tensor | None = None
+    ranges = [(0, n_valid)] if at_once and n_valid else tiles(n_valid, n_classes, compute_dtype.itemsize, tile_bytes)
+    for start, end in ranges:
         if buffer is None:
             buffer = torch.empty((end - start, n_classes), dtype=compute_dtype, device=hidden.device)
         where: Tensor | slice
@@ -241,4 +305,7 @@ def run_tiles(
             gradients.add(logits, x, weight, where, first=start == 0)
     if buffer is None:
         gradients.weight.zero_()
+    logits = buffer = None  # freed before the gradient is rounded, which takes new memory
+    if need_weight:
+        gradients.weight = gradients.weight.to(weight_gradient_dtype)
     return gradients

@@ -15,7 +15,8 @@ from ._checks import (
 )
 from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, refuse_double_backward
-from ._softmax_loss import RowLoss, reduce_rows, softmax_loss_rows
+from ._reduction import loss_scale, row_weights
+from ._softmax_loss import RowLoss, softmax_loss_rows
 
 __all__ = ["EXTRA_OUTPUTS", "CrossEntropyOutput", "cross_entropy", "gather_outputs", "requested_outputs"]
 
@@ -97,7 +98,6 @@ def _make_forward(use_kernel: bool) -> Any:
         n = logits.shape[0]
         dtype = accumulation_dtype(logits.dtype)
         token_loss, lse = logits.new_empty((n,), dtype=dtype), logits.new_empty((n,), dtype=dtype)
-        row_weight = None if weight is None else torch.empty_like(lse)
         predicted = labels.new_empty(n if predict else 0)
         softmax_loss_rows(
             logits,
@@ -106,25 +106,23 @@ def _make_forward(use_kernel: bool) -> Any:
             class_weights=weight,
             token_loss=token_loss,
             lse=lse,
-            row_weight=row_weight,
             predicted=predicted if predict else None,
             use_kernel=use_kernel,
         )
         if reduction == "none":
             return token_loss.clone(), token_loss, lse, predicted, token_loss.new_ones(())
-        loss, scale = reduce_rows(
-            token_loss,
+        scale = loss_scale(
             labels,
             mean=reduction == "mean",
-            row_weight=row_weight,
+            weights=row_weights(labels, ignore_index, None, weight, dtype),
             divisor_tensor=None,
             divisor=None,
             ignore_index=ignore_index,
             n_processed=n,
-            gradient_scale=1.0,
+            dtype=dtype,
             use_kernel=use_kernel,
         )
-        return loss, token_loss, lse, predicted, scale
+        return token_loss.sum() * scale, token_loss, lse, predicted, scale
 
     return forward
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ._checks import check_floating, check_same_device
 from ._dtypes import accumulation_dtype
-from ._library import define, define_differentiable, device_of, refuse_double_backward
+from ._launch import launch
+from ._library import define, define_differentiable, refuse_double_backward
 from ._rows import as_matrix, as_rows, empty_in_order, from_rows, memory_order
 from ._triton import tl, triton
 
@@ -143,10 +144,13 @@ def _forward_kernel(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     width = gate.shape[-1]
     n_rows = gate.numel() // width
     block, rows, n_blocks = _tile(width)
-    with device_of(gate):
-        _forward_triton[((n_rows + rows - 1) // rows * n_blocks,)](
-            gate, gate_stride, up, up_stride, y, n_rows, width, activation, block, rows, num_warps=4
-        )
+    launch(
+        _forward_triton,
+        ((n_rows + rows - 1) // rows * n_blocks, 1, 1),
+        (gate, gate_stride, up, up_stride, y, n_rows),
+        (width, activation, block, rows),
+        num_warps=4,
+    )
     return y
 
 
@@ -164,11 +168,13 @@ def _backward_kernel(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> t
     width = gate.shape[-1]
     n_rows = gate.numel() // width
     block, rows, n_blocks = _tile(width)
-    with device_of(gate):
-        _backward_triton[((n_rows + rows - 1) // rows * n_blocks,)](
-            dy, dy_stride, gate, gate_stride, up, up_stride, dgate, dup, n_rows,
-            width, activation, block, rows, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _backward_triton,
+        ((n_rows + rows - 1) // rows * n_blocks, 1, 1),
+        (dy, dy_stride, gate, gate_stride, up, up_stride, dgate, dup, n_rows),
+        (width, activation, block, rows),
+        num_warps=4,
+    )
     return dgate, dup
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_floating, check_same_device, check_vector
+from ._checks import check_parameter, check_rows
 from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, refuse_double_backward
 from ._norm_kernels import normalize, normalize_backward
@@ -19,7 +19,7 @@ def _forward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     order = memory_order(x)
-    rows = as_matrix(x, order).to(dtype)
+    rows = as_matrix(x, order).to(dtype).contiguous()
     mean = rows.mean(-1)
     y = rows - mean[:, None]
     rstd = torch.rsqrt(y.square().mean(-1) + eps)
@@ -42,9 +42,9 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = accumulation_dtype(x.dtype)
     order = memory_order(x)
-    dy = as_matrix(dy, order).to(dtype)
+    dy = as_matrix(dy, order).to(dtype).contiguous()
     rstd = as_matrix(rstd[..., None], order)
-    normalized = (as_matrix(x, order).to(dtype) - as_matrix(mean[..., None], order)) * rstd
+    normalized = (as_matrix(x, order).to(dtype).contiguous() - as_matrix(mean[..., None], order)) * rstd
     g = dy if weight is None else dy * weight.to(dtype)
     dx = rstd * (g - normalized * (g * normalized).mean(-1, keepdim=True) - g.mean(-1, keepdim=True))
     dweight = None if dweight_dtype is None else (dy * normalized).sum(0).to(dweight_dtype)
@@ -161,14 +161,11 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps
         TypeError: x, weight or bias is not floating point.
         ValueError: weight's or bias's shape is not (H,), or the devices differ.
     """
-    check_floating(x=x)
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, got a scalar")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_floating(**{name: vector})
-            check_vector(name, vector, x.shape[-1], "x's last dimension")
-            check_same_device(x.device, **{name: vector})
+    check_rows(x)
+    if weight is not None:
+        check_parameter("weight", weight, x)
+    if bias is not None:
+        check_parameter("bias", bias, x)
     if autocasts_to_float32(x, "layer_norm"):
         x = x.float()
     return _layer_norm(x, weight, bias, eps)

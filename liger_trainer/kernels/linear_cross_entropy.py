@@ -2,9 +2,11 @@
 
 The logits exist a tile of rows at a time. Because the loss is a known reduction, each tile's gradient is formed in the
 forward, in the place of its logits, and multiplied on into both inputs' gradients: three matrix products in all, and
-the backward only scales. Rows whose label is ignored take part in none of them. The weight's gradient accumulates in
-fp32. The idea of forming gradients in the forward is Liger-Kernel's (Hsu et al., 2024, https://arxiv.org/abs/2410.10989);
-Wijmans et al., 2024 (Cut Cross-Entropy, https://arxiv.org/abs/2411.09009) instead recompute every logit.
+the backward only scales, which for an upstream gradient of 1 it need not. Rows whose label is ignored take part in none
+of them. The weight's gradient accumulates in fp32: in a buffer over the tiles, or inside a single product where the
+logits of all rows take no more memory than tile and buffer would. The idea of forming gradients in the forward is
+Liger-Kernel's (Hsu et al., 2024, https://arxiv.org/abs/2410.10989); Wijmans et al., 2024 (Cut Cross-Entropy,
+https://arxiv.org/abs/2411.09009) instead recompute every logit.
 """
 
 import functools
@@ -21,25 +23,33 @@ from ._checks import (
     check_same_device,
     check_vector,
 )
-from ._dtypes import accumulation_dtype
+from ._dtypes import accumulation_dtype, gradient_dtype
 from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
-from ._softmax_loss import RowLoss, reduce_rows, softmax_loss_rows
-from ._tiles import DEFAULT_TILE_BYTES, partition_rows, run_tiles, scaled, without_autocast
+from ._reduction import loss_scale, row_weights
+from ._softmax_loss import RowLoss, softmax_loss_rows
+from ._tiles import partition_rows, run_tiles, scaled, without_autocast
 from .cross_entropy import CrossEntropyOutput, gather_outputs
 
-__all__ = ["DEFAULT_TILE_BYTES", "linear_cross_entropy"]
+__all__ = ["linear_cross_entropy"]
 
-# A probability of 1/V is subnormal in fp16: gradients of fp16 logits are kept times this until they meet fp32.
+# In fp16 a probability of 1/V is subnormal, and 1/N of it is nothing: gradients of fp16 logits are kept times this, and
+# meet the loss's own factor in fp32, in the backward.
 _FP16_GRADIENT_SCALE = 1024.0
 
 
-def _gradient_scale(dtype: torch.dtype) -> float:
-    return _FP16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
-
-
-def _tile_loss(logits: Tensor, rows: Tensor | None, gradient: Tensor | None, *, labels: Tensor, **options: Any) -> None:
-    scale = _gradient_scale(logits.dtype)
-    softmax_loss_rows(logits, labels, rows=rows, gradient=gradient, gradient_scale=scale, **options)
+def _tile_loss(
+    logits: Tensor,
+    rows: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    labels: Tensor,
+    scale: Tensor | None,
+    **options: Any,
+) -> None:
+    factor: dict[str, Any] = {"scale": scale}
+    if logits.dtype == torch.float16:
+        factor = {"gradient_scale": _FP16_GRADIENT_SCALE}
+    softmax_loss_rows(logits, labels, rows=rows, gradient=gradient, **factor, **options)
 
 
 def _make_forward(use_kernel: bool) -> Any:
@@ -60,20 +70,30 @@ def _make_forward(use_kernel: bool) -> Any:
         z_loss: float,
         token_scaling: bool,
         compute_dtype: torch.dtype,
-        tile_bytes: int,
+        tile_bytes: int | None,
         max_valid: int | None,
         predict: bool,
         need_hidden: bool,
         need_weight: bool,
         need_bias: bool,
+        weight_gradient_dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
         n = len(labels)
         dtype = accumulation_dtype(compute_dtype)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         # Rows that are dropped keep these zeros; so do those that a bound which is too small would drop.
         token_loss, lse = (torch.zeros(n, dtype=dtype, device=hidden.device) for _ in range(2))
-        weighted = token_weights is not None or class_weights is not None
-        row_weight = torch.zeros_like(lse) if weighted else None
+        scale = loss_scale(
+            labels,
+            mean=reduction == "mean",
+            weights=row_weights(labels, ignore_index, token_weights, class_weights, dtype),
+            divisor_tensor=num_items,
+            divisor=divisor,
+            ignore_index=ignore_index,
+            n_processed=n_valid,
+            dtype=dtype,
+            use_kernel=use_kernel,
+        )
         predicted = torch.full((n if predict else 0,), -1, dtype=labels.dtype, device=labels.device)
         with without_autocast(hidden):
             gradients = run_tiles(
@@ -88,31 +108,22 @@ def _make_forward(use_kernel: bool) -> Any:
                     class_weights=class_weights,
                     token_loss=token_loss,
                     lse=lse,
-                    row_weight=row_weight,
+                    scale=scale,
                     predicted=predicted if predict else None,
                     use_kernel=use_kernel,
                 ),
                 rows=rows,
                 n_valid=n_valid,
                 compute_dtype=compute_dtype,
+                weight_gradient_dtype=weight_gradient_dtype,
                 tile_bytes=tile_bytes,
                 need=(need_hidden, need_weight, need_bias),
             )
-        loss, scale = reduce_rows(
-            token_loss,
-            labels,
-            mean=reduction == "mean",
-            row_weight=row_weight,
-            divisor_tensor=num_items,
-            divisor=divisor,
-            ignore_index=ignore_index,
-            n_processed=n_valid,
-            gradient_scale=_gradient_scale(compute_dtype),
-            use_kernel=use_kernel,
-        )
         if reduction == "none":
             # scale is NaN where the bound was too small, and so must be the loss of rows that were dropped wrongly.
             loss = torch.where(scale.isnan(), torch.nan, token_loss)
+        else:
+            loss = token_loss.sum() * scale
         return loss, token_loss, lse, predicted, scale, gradients.hidden, gradients.weight, gradients.bias
 
     return forward
@@ -120,7 +131,7 @@ def _make_forward(use_kernel: bool) -> Any:
 
 def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
     reduction, compute_dtype = options[6], options[12]
-    predict, need_hidden, need_weight, need_bias = options[15:]
+    predict, need_hidden, need_weight, need_bias, weight_gradient_dtype = options[15:]
     dtype = accumulation_dtype(compute_dtype)
     rows = hidden.new_empty(labels.shape, dtype=dtype)
     scalar = rows.new_empty(())
@@ -131,26 +142,26 @@ def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any)
         labels.new_empty(labels.shape if predict else (0,)),
         scalar,
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
-        hidden.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
         hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=dtype),
     )
 
 
 def _make_scaled(use_kernel: bool) -> Any:
-    def scale_gradient(gradient: Tensor, factor: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def scale_gradient(gradient: Tensor, factor: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         return scaled(gradient, factor, dtype, row_scale, in_place=False, use_kernel=use_kernel)
 
     return scale_gradient
 
 
 def _make_scaled_in_place(use_kernel: bool) -> Any:
-    def scale_gradient_(gradient: Tensor, factor: Tensor, row_scale: Tensor | None) -> None:
+    def scale_gradient_(gradient: Tensor, factor: Tensor | None, row_scale: Tensor | None) -> None:
         scaled(gradient, factor, gradient.dtype, row_scale, in_place=True, use_kernel=use_kernel)
 
     return scale_gradient_
 
 
-def _fake_scaled(gradient: Tensor, factor: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _fake_scaled(gradient: Tensor, factor: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 
 
@@ -164,6 +175,7 @@ def _make_rows_backward(use_kernel: bool) -> Any:
         token_weights: Tensor | None,
         class_weights: Tensor | None,
         lse: Tensor,
+        scale: Tensor,
         ignore_index: int,
         inner: float,
         outer: float,
@@ -171,11 +183,12 @@ def _make_rows_backward(use_kernel: bool) -> Any:
         z_loss: float,
         token_scaling: bool,
         compute_dtype: torch.dtype,
-        tile_bytes: int,
+        tile_bytes: int | None,
         max_valid: int | None,
         need_hidden: bool,
         need_weight: bool,
         need_bias: bool,
+        weight_gradient_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         with without_autocast(hidden):
@@ -190,6 +203,7 @@ def _make_rows_backward(use_kernel: bool) -> Any:
                     token_weights=token_weights,
                     class_weights=class_weights,
                     lse=lse,
+                    scale=scale,
                     known_lse=True,
                     upstream=upstream,
                     use_kernel=use_kernel,
@@ -197,6 +211,7 @@ def _make_rows_backward(use_kernel: bool) -> Any:
                 rows=rows,
                 n_valid=n_valid,
                 compute_dtype=compute_dtype,
+                weight_gradient_dtype=weight_gradient_dtype,
                 tile_bytes=tile_bytes,
                 need=(need_hidden, need_weight, need_bias),
             )
@@ -208,20 +223,20 @@ def _make_rows_backward(use_kernel: bool) -> Any:
 def _fake_rows_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    compute_dtype = options[10]
-    need_hidden, need_weight, need_bias = options[13:]
+    compute_dtype = options[11]
+    need_hidden, need_weight, need_bias, weight_gradient_dtype = options[14:]
     dtype = accumulation_dtype(compute_dtype)
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
-        hidden.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
         hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=dtype),
     )
 
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? token_weights, Tensor? class_weights"
 _SPEC = "float inner, float outer, float label_smoothing, float z_loss, bool token_scaling"
-_ENGINE = "ScalarType compute_dtype, int tile_bytes, SymInt? max_valid"
-_NEED = "bool need_hidden, bool need_weight, bool need_bias"
+_ENGINE = "ScalarType compute_dtype, int? tile_bytes, SymInt? max_valid"
+_NEED = "bool need_hidden, bool need_weight, bool need_bias, ScalarType weight_gradient_dtype"
 _OPTIONS = f"Tensor? num_items, float? divisor, int ignore_index, str reduction, {_SPEC}, {_ENGINE}, bool predict"
 
 _forward = define(
@@ -230,25 +245,27 @@ _forward = define(
     kernel=_make_forward(True),
     reference=_make_forward(False),
     fake=_fake_forward,
+    tags=(torch.Tag.cudagraph_unsafe,),  # the host may wait for the number of labels
 )
 _scale_gradient = define(
-    "linear_cross_entropy_backward(Tensor gradient, Tensor factor, Tensor? row_scale, ScalarType dtype) -> Tensor",
+    "linear_cross_entropy_backward(Tensor gradient, Tensor? factor, Tensor? row_scale, ScalarType dtype) -> Tensor",
     kernel=_make_scaled(True),
     reference=_make_scaled(False),
     fake=_fake_scaled,
 )
 _scale_gradient_ = define(
-    "linear_cross_entropy_backward_(Tensor(a!) gradient, Tensor factor, Tensor? row_scale) -> ()",
+    "linear_cross_entropy_backward_(Tensor(a!) gradient, Tensor? factor, Tensor? row_scale) -> ()",
     kernel=_make_scaled_in_place(True),
     reference=_make_scaled_in_place(False),
     fake=lambda gradient, factor, row_scale: None,
 )
 _rows_backward = define(
-    f"linear_cross_entropy_rows_backward(Tensor upstream, {_TENSORS}, Tensor lse, int ignore_index, {_SPEC}, {_ENGINE},"
-    f" {_NEED}) -> (Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_rows_backward(Tensor upstream, {_TENSORS}, Tensor lse, Tensor scale, int ignore_index,"
+    f" {_SPEC}, {_ENGINE}, {_NEED}) -> (Tensor, Tensor, Tensor)",
     kernel=_make_rows_backward(True),
     reference=_make_rows_backward(False),
     fake=_fake_rows_backward,
+    tags=(torch.Tag.cudagraph_unsafe,),  # the host may wait for the number of labels
 )
 
 
@@ -267,7 +284,7 @@ class _Options(NamedTuple):
     z_loss: float
     token_scaling: bool
     compute_dtype: torch.dtype
-    tile_bytes: int
+    tile_bytes: int | None
     max_valid: int | None
     predict: bool
 
@@ -284,12 +301,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # An unreduced loss has an upstream gradient a row, which the sum over rows in the weight's gradient can't take
         # later: there the tiles are computed again in the backward. The gradient of hidden can take it.
         ctx.again = ctx.per_row and (need_weight or need_bias)
-        need = (False,) * 3 if ctx.again else (need_hidden, need_weight, need_bias)
+        ctx.dtypes = (hidden.dtype, gradient_dtype(weight), None if bias is None else bias.dtype)
+        half = options.compute_dtype == torch.float16  # rounded only after its factor
+        ctx.need = (need_hidden, need_weight, need_bias, torch.float32 if half else ctx.dtypes[1])
+        need = (False, False, False, ctx.need[3]) if ctx.again else ctx.need
         loss, token_loss, lse, predicted, scale, *gradients = _forward(hidden, weight, labels, bias, *options, *need)
         ctx.mark_non_differentiable(token_loss, lse, predicted, scale)
         ctx.set_materialize_grads(False)
-        ctx.need = (need_hidden, need_weight, need_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         if ctx.again:
             ctx.save_for_backward(
                 hidden, weight, labels, bias, options.token_weights, options.class_weights, lse, scale
@@ -306,12 +324,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rest = (None,) * len(options)
         if upstream is None:
             return (None, None, None, None, *rest)
-        row_scale = None
         if ctx.again:
             *tensors, scale = ctx.saved_tensors
             gradients = _rows_backward(
                 upstream,
                 *tensors,
+                scale,
                 options.ignore_index,
                 options.inner,
                 options.outer,
@@ -325,20 +343,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         else:
             scale, *gradients = ctx.saved_tensors
-            row_scale = upstream if ctx.per_row else None
-        factor = scale if ctx.per_row else upstream * scale
+        factor = None if ctx.per_row else upstream
+        row_scale = upstream if ctx.per_row and not ctx.again else None
+        if options.compute_dtype == torch.float16:
+            factor = (1 if factor is None else factor) * scale / _FP16_GRADIENT_SCALE
+        keep = graph_is_kept()
 
         def finished(i: int) -> Tensor | None:
-            return _scale_gradient(gradients[i], factor, row_scale, ctx.dtypes[i]) if ctx.need[i] else None
+            if not ctx.need[i]:
+                return None
+            gradient = gradients[i]
+            same = gradient.dtype == ctx.dtypes[i]
+            if same and factor is None and row_scale is None:
+                return gradient
+            # What nobody will read again is scaled where it lies: a step's memory may well peak here.
+            if same and not keep:
+                _scale_gradient_(gradient, factor, row_scale)
+                return gradient
+            return _scale_gradient(gradient, factor, row_scale, ctx.dtypes[i])
 
-        # A step's memory peaks here: what nobody will read again is scaled where it lies. Not so the weight's gradient:
-        # a leaf would copy what the graph holds as well.
-        if ctx.need[0] and gradients[0].dtype == ctx.dtypes[0] and not graph_is_kept():
-            _scale_gradient_(gradients[0], factor, row_scale)
-            hidden_gradient = gradients[0]
-        else:
-            hidden_gradient = finished(0)
-        return (hidden_gradient, finished(1), None, finished(2), *rest)
+        return (finished(0), finished(1), None, finished(2), *rest)
 
 
 def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any) -> Any:
@@ -346,7 +370,7 @@ def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _LinearCrossEntropy.apply(hidden, weight, labels, bias, *options)
-    return _forward(hidden, weight, labels, bias, *options, False, False, False)[:5]
+    return _forward(hidden, weight, labels, bias, *options, False, False, False, weight.dtype)[:5]
 
 
 _op = define_differentiable(
@@ -371,7 +395,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,  # (*)
     class_weights: Tensor | None = None,  # (V,)
     token_scaling: bool = False,
-    tile_bytes: int = DEFAULT_TILE_BYTES,
+    tile_bytes: int | None = None,
     max_valid: int | None = None,
     compute_dtype: torch.dtype | None = None,
     outputs: Collection[str] = (),
@@ -383,8 +407,12 @@ def linear_cross_entropy(
     ``l = hidden @ weight.T + bias`` rounded to the products' dtype, as a linear layer rounds them; everything after is
     in fp32 (in float64 for float64 inputs), and so is the accumulation of the weight's gradient.
 
-    Memory besides inputs and gradients: one tile of ``tile_bytes`` and, where the weight wants a gradient and is not in
-    fp32 itself, V * H fp32 numbers. Without grad mode one matrix product runs and nothing is kept.
+    Memory besides inputs and gradients: one tile of ``tile_bytes`` and, where the weight wants a gradient in less than
+    fp32, V * H fp32 numbers; or all logits at once, where these take no more than that (in bf16 for up to about
+    2 * H rows). Without grad mode one matrix product runs and nothing is kept.
+
+    Gradients are rounded once to their dtype, the weight's to ``weight.grad_dtype``, when the upstream gradient is 1 or
+    any other power of two; else bf16 ones are rounded once more when it is multiplied in.
 
     Args:
         hidden: (\\*, H), floating point; contiguous along H, else copied.
@@ -403,7 +431,9 @@ def linear_cross_entropy(
         class_weights: (V,) as ``weight`` of :func:`torch.nn.functional.cross_entropy`; no gradient flows to them.
         token_scaling: multiply each token's loss by its label's probability, taken as a constant (dynamic fine-tuning;
             Wu et al., 2025, https://arxiv.org/abs/2508.05629). The mean's divisor does not change.
-        tile_bytes: bound of the logits tile, in bytes; a tile has at least one row.
+        tile_bytes: bound of the logits tile, in bytes; a tile has at least one row. None chooses: what the gradient of
+            the weight takes, which costs nothing where that is rounded from a buffer in the end (at least 256 MiB), or
+            512 MiB where nothing is rounded, the weight being frozen or in fp32.
         max_valid: an upper bound, known to the host, of the number of labels that are not ignored. It spares the host
             the wait for the device's own count. With a bound that is too small the loss is NaN.
         compute_dtype: dtype of the products, where it is not to follow from autocast and the inputs.
@@ -443,8 +473,11 @@ def linear_cross_entropy(
         )
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items divides the sum of the losses and goes with reduction='mean', got {reduction!r}")
-    if tile_bytes <= 0:
+    if tile_bytes is not None and tile_bytes <= 0:
         raise ValueError(f"tile_bytes must be above 0, got {tile_bytes}")
+    if isinstance(num_items, (int, float)) and torch.compiler.is_compiling():
+        # As a number it would be part of the graph, and every batch would need another graph.
+        num_items = torch.ones((), dtype=torch.float32, device=hidden.device) * num_items
     divisor = None if num_items is None or isinstance(num_items, Tensor) else float(num_items)
     if divisor is not None and not divisor > 0:
         raise ValueError(f"num_items must be above 0, got {num_items}")
@@ -497,7 +530,7 @@ def linear_cross_entropy(
         token_loss,
         lse,
         predicted,
-        scale * _gradient_scale(compute_dtype) if "z_loss" in outputs else scale,
+        scale,
         ignore_index=ignore_index,
         reduction=reduction,
         z_loss=z_loss,

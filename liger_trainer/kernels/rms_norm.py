@@ -5,53 +5,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_floating, check_same_device, check_vector
+from ._checks import check_parameter, check_rows
 from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, refuse_double_backward
 from ._norm_kernels import normalize, normalize_backward
 from ._rows import as_matrix, autocasts_to_float32, empty_in_order, from_rows, memory_order
 
-__all__ = ["CASTINGS", "rms_norm"]
+__all__ = ["CASTINGS", "backward_reference", "check_arguments", "forward_reference", "result_dtype", "rms_norm"]
 
 CASTINGS = ("llama", "gemma", "none")
 
 
-def _result_dtype(x: Tensor, weight: Tensor | None, casting: str) -> torch.dtype:
+def result_dtype(x_dtype: torch.dtype, weight: Tensor | None, casting: str) -> torch.dtype:
     if weight is None or casting != "llama":
-        return x.dtype
-    return torch.promote_types(x.dtype, weight.dtype)
+        return x_dtype
+    return torch.promote_types(x_dtype, weight.dtype)
 
 
 def _scale(weight: Tensor, offset: float, casting: str, dtype: torch.dtype) -> Tensor:
     return (offset + weight).to(dtype) if casting == "llama" else offset + weight.to(dtype)
 
 
-def _forward_reference(
+def forward_reference(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor]:
+    """y and the reciprocal root mean square of each row, both in x's memory order."""
     dtype = accumulation_dtype(x.dtype)
     order = memory_order(x)
-    rows = as_matrix(x, order).to(dtype)
+    rows = as_matrix(x, order).to(dtype).contiguous()
     rstd = torch.rsqrt(rows.square().mean(-1) + eps)
     y = rows * rstd[:, None]
     if casting == "llama":
         y = y.to(x.dtype)
     if weight is not None:
         y = y * _scale(weight, offset, casting, dtype)
-    y = y.to(_result_dtype(x, weight, casting))
+    y = y.to(result_dtype(x.dtype, weight, casting))
     return from_rows(y, x, order), from_rows(rstd, x, order)
 
 
-def _backward_reference(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, casting: str, weight_grad: bool
+def backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    casting: str,
+    weight_grad: bool,
+    dtotal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x, dtotal added to it, and of the weight if asked for."""
     dtype = accumulation_dtype(x.dtype)
     order = memory_order(x)
-    dy = as_matrix(dy, order).to(dtype)
+    dy = as_matrix(dy, order).to(dtype).contiguous()
     rstd = as_matrix(rstd[..., None], order)
-    normalized = as_matrix(x, order).to(dtype) * rstd
+    normalized = as_matrix(x, order).to(dtype).contiguous() * rstd
     g = dy if weight is None else dy * _scale(weight, offset, casting, dtype)
     dx = rstd * (g - normalized * (g * normalized).mean(-1, keepdim=True))
+    if dtotal is not None:
+        dx = dx + as_matrix(dtotal, order).to(dtype)
     dweight = None
     if weight is not None and weight_grad:
         if casting == "llama":
@@ -62,9 +73,9 @@ def _backward_reference(
 
 def _forward_kernel(x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return _forward_reference(x, weight, eps, offset, casting)
+        return forward_reference(x, weight, eps, offset, casting)
     y, _, rstd = normalize(
-        x, weight, None, eps, _result_dtype(x, weight, casting), centered=False, offset=offset, casting=casting
+        x, weight, None, eps, result_dtype(x.dtype, weight, casting), centered=False, offset=offset, casting=casting
     )
     return y, rstd
 
@@ -73,7 +84,7 @@ def _backward_kernel(
     dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, casting: str, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     if x.dtype == torch.float64:
-        return _backward_reference(dy, x, weight, rstd, offset, casting, weight_grad)
+        return backward_reference(dy, x, weight, rstd, offset, casting, weight_grad)
     dweight_dtype = weight.dtype if weight is not None and weight_grad else None
     dx, dweight, _ = normalize_backward(dy, x, weight, None, rstd, dweight_dtype, None, offset=offset, casting=casting)
     return dx, dweight
@@ -81,7 +92,7 @@ def _backward_kernel(
 
 def _forward_fake(x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str) -> tuple[Tensor, Tensor]:
     order = memory_order(x)
-    y = empty_in_order(x, order, _result_dtype(x, weight, casting))
+    y = empty_in_order(x, order, result_dtype(x.dtype, weight, casting))
     return y, empty_in_order(x, order, accumulation_dtype(x.dtype), per_row=True)
 
 
@@ -95,14 +106,14 @@ def _backward_fake(
 _forward = define(
     "rms_norm_forward(Tensor x, Tensor? weight, float eps, float offset, str casting) -> (Tensor, Tensor)",
     kernel=_forward_kernel,
-    reference=_forward_reference,
+    reference=forward_reference,
     fake=_forward_fake,
 )
 _backward = define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float offset, str casting, bool weight_grad)"
     " -> (Tensor, Tensor)",
     kernel=_backward_kernel,
-    reference=_backward_reference,
+    reference=backward_reference,
     fake=_backward_fake,
 )
 
@@ -133,6 +144,14 @@ def _differentiable(x: Tensor, weight: Tensor | None, eps: float, offset: float,
 _rms_norm = define_differentiable(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset, str casting) -> Tensor", _differentiable
 )
+
+
+def check_arguments(x: Tensor, weight: Tensor | None, casting: str) -> None:
+    if casting not in CASTINGS:
+        raise ValueError(f"casting must be one of {CASTINGS}, got {casting!r}")
+    check_rows(x)
+    if weight is not None:
+        check_parameter("weight", weight, x)
 
 
 def rms_norm(
@@ -167,15 +186,7 @@ def rms_norm(
         TypeError: x or weight is not floating point.
         ValueError: weight's shape is not (H,), the devices differ, or casting is unknown.
     """
-    check_floating(x=x)
-    if casting not in CASTINGS:
-        raise ValueError(f"casting must be one of {CASTINGS}, got {casting!r}")
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, got a scalar")
-    if weight is not None:
-        check_floating(weight=weight)
-        check_vector("weight", weight, x.shape[-1], "x's last dimension")
-        check_same_device(x.device, weight=weight)
+    check_arguments(x, weight, casting)
     if casting == "none" and autocasts_to_float32(x, "rms_norm"):
         x = x.float()
     return _rms_norm(x, weight, eps, offset, casting)

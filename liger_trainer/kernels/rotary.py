@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ._checks import check_floating, check_same_device
 from ._dtypes import accumulation_dtype
-from ._library import define, define_differentiable, device_of, refuse_double_backward
+from ._launch import launch
+from ._library import define, define_differentiable, refuse_double_backward
 from ._triton import tl, triton
 
 __all__ = ["rotary"]
@@ -234,15 +235,21 @@ def _kernel(
         cos_strides = cos.stride()
     pairs = cos.shape[2] if per_pair else cos.shape[2] // 2
     q_tile, k_tile, block, rest, warps = _tiles(q_heads, k_heads, head_dim, pairs)
-    with device_of(q):
-        _rotary_triton[(batch * n_tokens,)](
+    launch(
+        _rotary_triton,
+        (batch * n_tokens, 1, 1),
+        (
             q, q_strides[0], q_strides[tokens], q_strides[heads],
             k, k_strides[0], k_strides[tokens], k_strides[heads],
             cos, sin, 0 if cos.shape[0] == 1 else cos_strides[0], cos_strides[1],
             new_q, new_k, n_tokens,
+        ),
+        (
             q_heads, k_heads, head_dim, pairs, interleaved, per_pair, token_major, backward,
-            q_tile, k_tile, block, rest, num_warps=warps,
-        )  # fmt: skip
+            q_tile, k_tile, block, rest,
+        ),
+        num_warps=warps,
+    )  # fmt: skip
     return new_q, new_k
 
 

@@ -1,5 +1,6 @@
 """The kernels as modules, under the names that Liger-Kernel gave them, for composing models by hand."""
 
+from .add_rms_norm import LigerFusedAddRMSNorm
 from .cross_entropy import LigerCrossEntropyLoss
 from .layer_norm import LigerLayerNorm
 from .linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
@@ -9,6 +10,7 @@ from .rotary import liger_rotary_pos_emb
 
 __all__ = [
     "LigerCrossEntropyLoss",
+    "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerGEGLUMLP",
     "LigerLayerNorm",

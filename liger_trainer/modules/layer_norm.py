@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import layer_norm
+from ._initial import initial_weight
 
 __all__ = ["LigerLayerNorm"]
-
-_INITIAL = {"ones": torch.ones, "zeros": torch.zeros}
 
 
 class LigerLayerNorm(nn.Module):
@@ -40,10 +39,8 @@ class LigerLayerNorm(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if init_fn not in _INITIAL:
-            raise ValueError(f"init_fn must be one of {tuple(_INITIAL)}, got {init_fn!r}")
         self.hidden_size = hidden_size
-        self.weight = nn.Parameter(_INITIAL[init_fn](hidden_size))
+        self.weight = nn.Parameter(initial_weight(hidden_size, init_fn))
         self.bias = nn.Parameter(torch.zeros(hidden_size))
         self.variance_epsilon = eps
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels import rms_norm
+from ._initial import initial_weight
 
 __all__ = ["LigerRMSNorm"]
-
-_INITIAL = {"ones": torch.ones, "zeros": torch.zeros}
 
 
 class LigerRMSNorm(nn.Module):
@@ -43,9 +41,8 @@ class LigerRMSNorm(nn.Module):
         elementwise_affine: bool = True,
     ) -> None:
         super().__init__()
-        if init_fn not in _INITIAL:
-            raise ValueError(f"init_fn must be one of {tuple(_INITIAL)}, got {init_fn!r}")
-        self.weight = nn.Parameter(_INITIAL[init_fn](hidden_size)) if elementwise_affine else None
+        weight = initial_weight(hidden_size, init_fn)
+        self.weight = nn.Parameter(weight) if elementwise_affine else None
         self.variance_epsilon = eps
         self.offset = offset
         self.casting_mode = casting_mode

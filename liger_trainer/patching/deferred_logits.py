@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import DEFAULT_TILE_BYTES, cross_entropy, linear_cross_entropy
+from ..kernels import cross_entropy, linear_cross_entropy
+from ..kernels._dtypes import gradient_dtype
 from .counted_labels import CountedLabels
 
 __all__ = ["DeferredLogits", "Head", "defer", "label_smoothing"]
@@ -58,7 +59,7 @@ class Head:
     def __init__(self, module: nn.Linear, compute_dtype: torch.dtype, tile_bytes: int | None) -> None:
         self.module: weakref.ref[nn.Linear] = weakref.ref(module)
         self.compute_dtype = compute_dtype
-        self.tile_bytes = DEFAULT_TILE_BYTES if tile_bytes is None else tile_bytes
+        self.tile_bytes = tile_bytes
         self.n_classes = module.weight.shape[0]
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -443,7 +444,9 @@ def defer(
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type)
     head = Head(module, torch.get_autocast_dtype(device_type) if autocast else hidden.dtype, tile_bytes)
-    if torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad:
+    # A view's gradient has the view's dtype: a weight that wants another is passed on itself.
+    viewed = torch.compiler.is_dynamo_compiling() or gradient_dtype(weight) == weight.dtype
+    if viewed and torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad:
         hidden, weight, bias = _Tie.apply(hidden, weight, bias)
     head.weight, head.bias = weight, bias
     return DeferredLogits(hidden, head, _Transform(head.compute_dtype, head.n_classes), _Cell())

@@ -57,7 +57,7 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
                 deferring = True
             elif name in positions and len(args) > positions[name] - 1 and args[positions[name] - 1] is not None:
                 deferring = True
-        if not deferring or not hasattr(head, "_liger_deferring"):
+        if not deferring or not hasattr(type(head), "_liger_deferring"):
             return original(self, *args, **kwargs)
         head._liger_deferring = True
         try:
