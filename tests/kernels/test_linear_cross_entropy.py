@@ -273,6 +273,50 @@ def test_weight_gradient_accumulates_in_fp32(device):
     assert torch.equal(gradient.float(), expected)
 
 
+@pytest.mark.parametrize(("n", "at_once"), [(2 * H, True), (2 * H + 1, False)])
+def test_all_rows_at_once_where_that_costs_no_memory(device, n, at_once):
+    """For bf16 up to about 2 H rows: no wider buffer for the weight's gradient, and the same numbers."""
+    dtype, tile_bytes = torch.bfloat16, 5 * V * 2
+    hidden, weight, labels = make(device, dtype, n=n)
+    labels.clamp_(min=0)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        linear_cross_entropy(hidden, weight, labels, tile_bytes=tile_bytes)
+    products = [event for event in profile.events() if event.name in ("aten::mm", "aten::addmm", "aten::addmm_")]
+    assert (len(products) == 3) == at_once
+    assert at_once == any(event.input_shapes[0] == [V, n] for event in products)
+    check(hidden, weight, labels, dtype, tile_bytes=tile_bytes)
+    check(hidden, weight, labels, dtype, tile_bytes=tile_bytes, reduction="none")
+    losses = [linear_cross_entropy(hidden, weight, labels, tile_bytes=each) for each in (tile_bytes, None)]
+    gradients = [torch.autograd.grad(each, (hidden, weight)) for each in losses]
+    for ours, once in zip(*gradients, strict=True):
+        assert (ours - once).norm() < 4e-3 * once.norm()
+
+
+def test_gradient_dtype_of_the_weight_is_honoured(device):
+    hidden, weight, labels = make(device, torch.bfloat16, n=200)
+    weight = weight.detach().requires_grad_()
+    weight.grad_dtype = torch.float32
+    exact = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    for tile_bytes in (5 * V * 2, 1000 * V * 2):
+        weight.grad = None
+        linear_cross_entropy(hidden, weight, labels, reduction="sum", tile_bytes=tile_bytes).backward()
+        (expected,) = torch.autograd.grad(F.cross_entropy(F.linear(*exact), labels, reduction="sum"), exact[1:])
+        assert weight.grad.dtype == torch.float32
+        assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+        assert (weight.grad - expected).norm() < 4e-3 * expected.norm()
+
+
+def test_a_leaf_takes_the_gradient_without_a_copy(implementation, device):
+    hidden, weight, labels = make(device, torch.float32)
+    weight = weight.detach().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels)
+    held = next(each for each in loss.grad_fn.saved_tensors if each.shape == weight.shape)
+    pointer = held.data_ptr()
+    del held
+    loss.backward()
+    assert weight.grad.data_ptr() == pointer
+
+
 def test_gradcheck():
     hidden, weight, labels = make("cpu", torch.float64, n=7, h=5, v=9)
     bias = torch.randn(9, dtype=torch.float64, requires_grad=True)

@@ -115,6 +115,39 @@ def test_memory_order_is_kept(implementation, device, op):
     assert dx.shape == x.shape
 
 
+@pytest.mark.parametrize("op", ["rms_llama", "layer"])
+def test_result_is_dense_rows_whatever_the_columns_stride(implementation, device, op):
+    """What the fake implementation promises the compiler, for a matrix that is transposed in memory."""
+    x = rounded(8, 5, device=device, dtype=torch.float32).detach().t().requires_grad_()
+    weight = torch.ones(8, device=device)
+    y = rms_norm(x, weight) if op == "rms_llama" else layer_norm(x, weight)
+    with RecordOutputs("backward") as record:
+        torch.autograd.grad(y, x, torch.ones(8, 5, device=device).t())
+    assert y.is_contiguous()
+    assert record.outputs[0][0].is_contiguous()
+
+
+@pytest.mark.parametrize("tiles_of_one_program", [0, 1000])
+@pytest.mark.parametrize("op", OPS)
+def test_sums_of_one_program_and_of_several(implementation, device, op, tiles_of_one_program, monkeypatch):
+    """The gradients of the weight and the bias, through partial sums and without."""
+    monkeypatch.setattr(_norm_kernels, "_TILES_OF_ONE_PROGRAM", tiles_of_one_program)
+    make = partial(rounded, device=device, dtype=torch.float32)
+    for shape, tile in (((40, 24), (32, 2, 1)), ((7, 75), (32, 1, 1))):  # rows in registers, wide rows
+        monkeypatch.setattr(_norm_kernels, "_tile", lambda width, limit, tile=tile: tile)
+        bias = make(shape[-1], seed=2) if op == "layer" else None
+        check(make(*shape), make(shape[-1], seed=1), bias, **OPS[op])
+    if op == "layer":
+        for frozen in (1, 2):
+            vectors = [make(75, seed=seed).detach().requires_grad_(seed != frozen) for seed in (1, 2)]
+            x = make(7, 75)
+            dy = make(7, 75, seed=3).detach()
+            wanted = [vector for vector in vectors if vector.requires_grad]
+            (gradient,) = torch.autograd.grad(layer_norm(x, *vectors, EPS), wanted, dy)
+            (expected,) = torch.autograd.grad(F.layer_norm(x, (75,), *vectors, EPS), wanted, dy)
+            torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_without_weight(implementation, device, op):
     for dtype in dtypes_of(device):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from liger_trainer.modules import (
     LigerCrossEntropyLoss,
+    LigerFusedAddRMSNorm,
     LigerFusedLinearCrossEntropyLoss,
     LigerGEGLUMLP,
     LigerLayerNorm,
@@ -59,6 +60,25 @@ def test_rms_norm():
         LigerRMSNorm(8, init_fn="ons")
     with pytest.raises(ValueError, match="casting must be one of"):
         LigerRMSNorm(8, casting_mode="lama")(x)
+
+
+def test_add_rms_norm():
+    x, residual = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
+    module = shaken(LigerFusedAddRMSNorm(8, 1e-3, 1.0, "gemma", "zeros", False))
+    assert set(module.state_dict()) == {"weight"}
+    assert "eps=0.001" in repr(module)
+    hidden_states, total = module(x, residual)
+    expected = F.rms_norm(x + residual, (8,), 1 + module.weight, 1e-3)
+    torch.testing.assert_close((hidden_states, total), (expected, x + residual))
+    inputs = x, residual, module.weight
+    upstream = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    torch.testing.assert_close(
+        torch.autograd.grad((hidden_states, total), inputs, upstream),
+        torch.autograd.grad((expected, x + residual), inputs, upstream),
+    )
+    assert torch.equal(LigerFusedAddRMSNorm(8).weight, torch.ones(8))
+    with pytest.raises(ValueError, match="init_fn must be one of"):
+        LigerFusedAddRMSNorm(8, init_fn="ons")
 
 
 def test_layer_norm():
