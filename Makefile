@@ -2,6 +2,10 @@
 # make test   the test suite
 # make lint   ruff
 #
+# make benchmarks         measure each op beside its peers on this machine's accelerator, into benchmarks/results
+# make benchmark-report   write docs/benchmarks.md and its plots from benchmarks/results
+# make perf               fail where an op is over 10 % slower than in benchmarks/results
+#
 # Each makes the virtual environment in .venv when it is missing. Choose other interpreters or folders with
 # `make PYTHON=python3.12 VENV=/tmp/venv test`, other training options with `make sft ARGS="--max_steps 50"`.
 
@@ -12,7 +16,7 @@ ARGS   ?=
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: sft test lint format venv clean
+.PHONY: sft test lint format benchmarks benchmark-report perf venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +35,23 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+OPS         := linear_cross_entropy cross_entropy rms_norm add_rms_norm layer_norm rotary gated_activation
+READY_BENCH := $(VENV)/.ready-bench
+
+benchmarks: $(READY_BENCH)
+	for op in $(OPS); do $(BIN)/python benchmarks/$$op.py $(ARGS) || exit 1; done
+	$(BIN)/python benchmarks/gradient_accuracy.py
+
+benchmark-report: $(READY_BENCH)
+	$(BIN)/python benchmarks/report.py
+
+perf: $(READY)
+	$(BIN)/python -m pytest -m perf tests/benchmarks/test_perf.py $(ARGS)
+
+$(READY_BENCH): $(READY)
+	$(BIN)/pip install -e ".[bench]"
+	@touch $@
 
 venv: $(READY)
 

@@ -1,0 +1,1 @@
+"""What the benchmarks of single ops share: measuring, recording, running, drawing."""
