@@ -227,6 +227,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
         return None
     synchronize(device)
     gc.collect()
+    time.sleep(0.02)  # autograd's thread may still hold what an earlier call's backward returned
     torch.accelerator.reset_peak_memory_stats()
     before = torch.accelerator.memory_allocated()
     result = call()

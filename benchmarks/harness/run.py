@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import subprocess
 import sys
@@ -59,6 +61,9 @@ class Runner:
         """A provider's op; the one built last is kept, since checking and measuring may share a case."""
         if self._built is None or self._built[:2] != (name, case):
             self._built = (name, case, self.benchmark.providers[name].build(case))
+            gc.collect()
+            gc.freeze()  # what it imported stays: the many collections to come need not look at it
+            atexit.register(gc.unfreeze)
         return self._built[2]
 
     def floor(self, case: Case) -> float:

@@ -93,6 +93,27 @@ def _finish(normalized, scale, shift, CASTING: tl.constexpr, ROW_DTYPE: tl.const
     return y
 
 
+@triton.jit
+def _finish_block(
+    normalized,
+    weight_ptr,
+    bias_ptr,
+    columns,
+    in_row,
+    OFFSET: tl.constexpr,
+    CASTING: tl.constexpr,
+    ROW_DTYPE: tl.constexpr,
+):
+    """As :func:`_finish`, with scale and shift loaded here: a loop can't carry what is None for some norms."""
+    scale = None
+    shift = None
+    if weight_ptr is not None:
+        scale = _scale(tl.load(weight_ptr + columns, mask=in_row, other=0.0), OFFSET, CASTING)
+    if bias_ptr is not None:
+        shift = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    return _finish(normalized, scale, shift, CASTING, ROW_DTYPE)
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(
     x_ptr,
@@ -118,8 +139,6 @@ def _forward_kernel(
     y_rows = y_ptr + rows[:, None] * WIDTH
     row_dtype: tl.constexpr = x_ptr.dtype.element_ty if total_ptr is None else total_ptr.dtype.element_ty
     y_dtype: tl.constexpr = y_ptr.dtype.element_ty
-    scale = None
-    shift = None
 
     if WIDTH <= BLOCK:
         columns = tl.arange(0, BLOCK)
@@ -127,6 +146,8 @@ def _forward_kernel(
         mask = live[:, None] & in_row[None, :]
         x = _load_rows(x_ptr, x_stride, residual_ptr, residual_stride, total_ptr, rows, columns, mask, WIDTH, True)
         # Before the sums, so that these loads are under way as well.
+        scale = None
+        shift = None
         if weight_ptr is not None:
             scale = _scale(tl.load(weight_ptr + columns, mask=in_row, other=0.0), OFFSET, CASTING)
         if bias_ptr is not None:
@@ -163,11 +184,8 @@ def _forward_kernel(
             in_row = columns < WIDTH
             mask = live[:, None] & in_row[None, :]
             x = _load_rows(x_ptr, x_stride, residual_ptr, residual_stride, total_ptr, rows, columns, mask, WIDTH, True)
-            if weight_ptr is not None:
-                scale = _scale(tl.load(weight_ptr + columns, mask=in_row, other=0.0), OFFSET, CASTING)
-            if bias_ptr is not None:
-                shift = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-            y = _finish((x - mean[:, None]) * rstd[:, None], scale, shift, CASTING, row_dtype)
+            normalized = (x - mean[:, None]) * rstd[:, None]
+            y = _finish_block(normalized, weight_ptr, bias_ptr, columns, in_row, OFFSET, CASTING, row_dtype)
             tl.store(y_rows + columns[None, :], y.to(y_dtype), mask=mask)
     tl.store(rstd_ptr + rows, rstd, mask=live)
 

@@ -18,8 +18,8 @@ class Options:
         layer_norm: layer norms.
         mlp: gated MLPs (SwiGLU, GEGLU).
         cross_entropy: the loss on materialised logits. Excludes ``fused_linear_cross_entropy``.
-        fused_linear_cross_entropy: LM head and loss as one op, without logits.
-        tile_bytes: size in bytes of the largest logits tile of the fused head; None takes the kernel's default.
+        fused_linear_cross_entropy: LM head and loss as one op, which keeps no logits.
+        tile_bytes: size in bytes of the largest logits tile of the fused head; None lets the kernel choose.
     """
 
     rope: bool = True
