@@ -62,15 +62,108 @@ class RowLoss(NamedTuple):
 
 @triton.jit
 def _transform(logits, inner, outer, SOFTCAP: tl.constexpr):
-    """z, and dz/dl, of a block of logits."""
+    """``log2(e) * z``, of which a power of 2 is one instruction, and the slope of it, of a block of logits in fp32."""
     if SOFTCAP:
         decay = tl.exp(-2.0 * tl.abs(inner * logits))
         tanh = (1.0 - decay) / (1.0 + decay)
         tanh = tl.where(logits < 0, -tanh, tanh)
+        outer *= 1.4426950408889634
         # 1 - tanh**2 without its cancellation.
         return outer * tanh, inner * outer * 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
     else:
+        inner *= 1.4426950408889634
         return inner * logits, inner
+
+
+@triton.jit
+def _statistics_of_block(
+    maximum,  # (BLOCK // LANE,)
+    total,  # (BLOCK // LANE,)
+    weighted_z,  # (BLOCK // LANE,)
+    best,
+    best_column,
+    logits_ptr,
+    class_weights_ptr,
+    start,
+    n_classes,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    MASKED: tl.constexpr,
+    POLICY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+):
+    """Add a block of a row to its running statistics. z and what is made of it is in units of ``ln(2)``."""
+    columns = start + tl.arange(0, BLOCK)
+    mask = columns < n_classes if MASKED else None
+    logits = tl.load(logits_ptr + columns, mask=mask, eviction_policy=POLICY)
+    z, _slope = _transform(logits.to(tl.float32), inner, outer, SOFTCAP)
+    if SMOOTHING:
+        weighted = z
+        if class_weights_ptr is not None:
+            weighted *= tl.load(class_weights_ptr + columns, mask=mask).to(tl.float32)
+        if MASKED:
+            weighted = tl.where(mask, weighted, 0.0)
+        weighted_z += tl.sum(tl.reshape(weighted, (BLOCK // LANE, LANE)), 1)
+    if MASKED:
+        z = tl.where(mask, z, float("-inf"))
+    if ARGMAX:
+        block_best, block_column = tl.max(z, 0, return_indices=True)
+        better = block_best > best
+        best = tl.where(better, block_best, best)
+        best_column = tl.where(better, start + block_column, best_column)
+    z = tl.reshape(z, (BLOCK // LANE, LANE))
+    block_maximum = tl.maximum(maximum, tl.max(z, 1))
+    # Neighbours that were all -inf so far must not form -inf - -inf.
+    shift = tl.where(block_maximum == float("-inf"), 0.0, block_maximum)
+    total = total * tl.exp2(maximum - shift) + tl.sum(tl.exp2(z - shift[:, None]), 1)
+    return block_maximum, total, weighted_z, best, best_column
+
+
+@triton.jit
+def _gradient_of_block(
+    logits_ptr,
+    gradient_ptr,
+    class_weights_ptr,
+    start,
+    n_classes,
+    label,
+    lse,
+    probability_factor,
+    hit,
+    spread,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    LABEL: tl.constexpr,
+    MASKED: tl.constexpr,
+    POLICY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the gradient of a block of a row; lse in units of ``ln(2)``, the factors times dz/dl where it is one.
+
+    LABEL: whether the label may lie in the block.
+    """
+    columns = start + tl.arange(0, BLOCK)
+    mask = columns < n_classes if MASKED else None
+    logits = tl.load(logits_ptr + columns, mask=mask, eviction_policy=POLICY)
+    z, slope = _transform(logits.to(tl.float32), inner, outer, SOFTCAP)
+    gradient = tl.exp2(z - lse) * probability_factor
+    if SMOOTHING:
+        if class_weights_ptr is not None:
+            gradient -= spread * tl.load(class_weights_ptr + columns, mask=mask).to(tl.float32)
+        else:
+            gradient -= spread
+    if LABEL:
+        gradient -= tl.where(columns == label, hit, 0.0)
+    if SOFTCAP:
+        gradient *= slope
+    gradient = gradient.to(gradient_ptr.dtype.element_ty)
+    tl.store(gradient_ptr + columns, gradient, mask=mask, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -148,6 +241,8 @@ def _softmax_loss_kernel(
 
     # Loaded before any gradient is written in the logits' place.
     label_z, _label_slope = _transform(tl.load(logits_ptr + safe_label).to(tl.float32), inner, outer, SOFTCAP)
+    label_z *= 0.6931471805599453
+    n_whole = n_classes - n_classes % BLOCK  # the blocks that need no mask
     if KNOWN_LSE:
         lse = tl.load(lse_ptr + row)
     else:
@@ -158,31 +253,19 @@ def _softmax_loss_kernel(
         weighted_z = tl.zeros((BLOCK // LANE,), tl.float32)
         best = float("-inf")
         best_column = 0
-        for start in range(0, n_classes, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            mask = columns < n_classes
-            logits = tl.load(logits_ptr + columns, mask=mask, other=0.0, eviction_policy=first_policy)
-            z, slope = _transform(logits.to(tl.float32), inner, outer, SOFTCAP)
-            if SMOOTHING:
-                weighted = z
-                if class_weights_ptr is not None:
-                    weighted *= tl.load(class_weights_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-                weighted_z += tl.sum(tl.reshape(tl.where(mask, weighted, 0.0), (BLOCK // LANE, LANE)), 1)
-            z = tl.where(mask, z, float("-inf"))
-            if predicted_ptr is not None:
-                block_best, block_column = tl.max(z, 0, return_indices=True)
-                better = block_best > best
-                best = tl.where(better, block_best, best)
-                best_column = tl.where(better, start + block_column, best_column)
-            z = tl.reshape(z, (BLOCK // LANE, LANE))
-            block_maximum = tl.maximum(maximum, tl.max(z, 1))
-            # Neighbours that were all -inf so far must not form -inf - -inf.
-            shift = tl.where(block_maximum == float("-inf"), 0.0, block_maximum)
-            total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-            maximum = block_maximum
+        for start in range(0, n_whole, BLOCK):
+            maximum, total, weighted_z, best, best_column = _statistics_of_block(
+                maximum, total, weighted_z, best, best_column, logits_ptr, class_weights_ptr, start, n_classes,
+                inner, outer, SOFTCAP, SMOOTHING, predicted_ptr is not None, False, first_policy, BLOCK, LANE,
+            )  # fmt: skip
+        if n_whole < n_classes:
+            maximum, total, weighted_z, best, best_column = _statistics_of_block(
+                maximum, total, weighted_z, best, best_column, logits_ptr, class_weights_ptr, n_whole, n_classes,
+                inner, outer, SOFTCAP, SMOOTHING, predicted_ptr is not None, True, first_policy, BLOCK, LANE,
+            )  # fmt: skip
         row_maximum = tl.max(maximum, 0)
         shift = tl.where(row_maximum == float("-inf"), 0.0, row_maximum)
-        lse = row_maximum + tl.log(tl.sum(total * tl.exp(maximum - shift), 0))
+        lse = 0.6931471805599453 * (row_maximum + tl.log2(tl.sum(total * tl.exp2(maximum - shift), 0)))
         lse = tl.where(in_range, lse, float("nan"))
     scaled_weight = token_weight
     if TOKEN_SCALING:
@@ -190,7 +273,7 @@ def _softmax_loss_kernel(
     if not KNOWN_LSE:
         loss = (1.0 - smoothing) * label_weight * (lse - label_z) + z_loss * lse * lse
         if SMOOTHING:
-            loss += smoothing / n_classes * (total_class_weight * lse - tl.sum(weighted_z, 0))
+            loss += smoothing / n_classes * (total_class_weight * lse - 0.6931471805599453 * tl.sum(weighted_z, 0))
         tl.store(token_loss_ptr + row, scaled_weight * loss)
         tl.store(lse_ptr + row, lse)
         if predicted_ptr is not None:
@@ -205,27 +288,31 @@ def _softmax_loss_kernel(
         hit = factor * (1.0 - smoothing) * label_weight
         spread = factor * smoothing / n_classes
         probability_factor = hit + spread * total_class_weight + factor * 2.0 * z_loss * lse
-        if not SOFTCAP:  # dz/dl is the same everywhere
-            hit *= inner
-            spread *= inner
-            probability_factor *= inner
+        # A soft-cap's slope is multiplied in element by element, times log2(e); otherwise it is one number.
+        slope = inner
+        if SOFTCAP:
+            slope = 0.6931471805599453
+        hit *= slope
+        spread *= slope
+        probability_factor *= slope
         label_column = safe_label.to(tl.int32)
-        for start in range(0, n_classes, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            mask = columns < n_classes
-            logits = tl.load(logits_ptr + columns, mask=mask, other=0.0, eviction_policy=last_policy)
-            z, slope = _transform(logits.to(tl.float32), inner, outer, SOFTCAP)
-            gradient = tl.exp(z - lse) * probability_factor
-            if SMOOTHING:
-                if class_weights_ptr is not None:
-                    gradient -= spread * tl.load(class_weights_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-                else:
-                    gradient -= spread
-            gradient -= tl.where(columns == label_column, hit, 0.0)
-            if SOFTCAP:
-                gradient *= slope
-            gradient = gradient.to(gradient_ptr.dtype.element_ty)
-            tl.store(gradient_ptr + columns, gradient, mask=mask, eviction_policy=last_policy)
+        lse *= 1.4426950408889634
+        for start in range(0, n_whole, BLOCK):
+            if (label_column >= start) & (label_column < start + BLOCK):
+                _gradient_of_block(
+                    logits_ptr, gradient_ptr, class_weights_ptr, start, n_classes, label_column, lse,
+                    probability_factor, hit, spread, inner, outer, SOFTCAP, SMOOTHING, True, False, last_policy, BLOCK,
+                )  # fmt: skip
+            else:
+                _gradient_of_block(
+                    logits_ptr, gradient_ptr, class_weights_ptr, start, n_classes, label_column, lse,
+                    probability_factor, hit, spread, inner, outer, SOFTCAP, SMOOTHING, False, False, last_policy, BLOCK,
+                )  # fmt: skip
+        if n_whole < n_classes:
+            _gradient_of_block(
+                logits_ptr, gradient_ptr, class_weights_ptr, n_whole, n_classes, label_column, lse,
+                probability_factor, hit, spread, inner, outer, SOFTCAP, SMOOTHING, True, True, last_policy, BLOCK,
+            )  # fmt: skip
 
 
 def _softmax_loss_reference(
