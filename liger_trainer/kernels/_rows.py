@@ -60,7 +60,7 @@ def as_matrix(x: Tensor, order: Sequence[int] | None) -> Tensor:
 def from_rows(rows: Tensor, x: Tensor, order: Sequence[int] | None) -> Tensor:
     """The inverse of :func:`as_matrix`: a view of rows, (rows, ...), with x's leading dimensions for the first."""
     if order is None:
-        return rows.view(*x.shape[:-1], *rows.shape[1:])
+        return rows.view((*x.shape[:-1], *rows.shape[1:]))
     dims = [*order, *range(len(order), len(order) + rows.dim() - 1)]
     ordered = rows.view(*(x.shape[dim] for dim in order), *rows.shape[1:])
     return ordered.permute(sorted(range(len(dims)), key=dims.__getitem__))
