@@ -16,8 +16,18 @@ from ._triton import HAS_TRITON, INTERPRETED, triton
 
 __all__ = ["launch"]
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}  # by what Triton compiles for
+_of_numbers: dict[tuple[Any, ...], Any] = {}  # the same by the integers themselves, which is found faster
+_MOST_NUMBERS = 4096
 _INT32 = range(-(2**31), 2**31)
+
+
+def _specialized(argument: Any) -> Any:
+    """What Triton compiles for of an integer: whether it is 1, a multiple of 16, and longer than 32 bits."""
+    if argument.__class__ is not int:
+        return argument
+    kind = 1 if argument == 1 else 0 if argument % 16 else 16
+    return kind if argument in _INT32 else ~kind
 
 
 def launch(
@@ -46,35 +56,32 @@ def launch(
         with torch.accelerator.device_index(index):
             launch(kernel, grid, arguments, constants, num_warps=num_warps)
         return
-    # What Triton compiles for: the dtypes of pointers and whether they are aligned, which numbers are 1, multiples of
-    # 16 or longer than 32 bits, which arguments are None, and the constants.
     key: list[Any] = [kernel.fn, index, num_warps, constants]
     values: list[Any] = []
     pointers = 0
     for argument in arguments:
-        if argument is None:
-            key.append(None)
-            values.append(None)
-        elif isinstance(argument, Tensor):
+        if isinstance(argument, Tensor):
             pointer = argument.data_ptr()
             pointers |= pointer
             key.append(argument.dtype)
             values.append(pointer)
         else:
-            if argument.__class__ is float:
-                key.append(float)
-            else:
-                kind = 1 if argument == 1 else 0 if argument % 16 else 16
-                key.append(kind if argument in _INT32 else ~kind)
+            key.append(float if argument.__class__ is float else argument)
             values.append(argument)
-    # One that is not aligned changes the key for all: rare, and then Triton looks at each.
+    # One that is not aligned changes the compiled kernel: rare, and then Triton looks at each.
     if pointers % 16:
         kernel[grid](*arguments, *constants, num_warps=num_warps)
         return
-    compiled = _compiled.get(found := tuple(key))
+    compiled = _of_numbers.get(exact := tuple(key))
     if compiled is None:
-        _compiled[found] = kernel[grid](*arguments, *constants, num_warps=num_warps)
-        return
+        found = (*exact[:4], *map(_specialized, exact[4:]))
+        compiled = _compiled.get(found)
+        if compiled is None:
+            _compiled[found] = kernel[grid](*arguments, *constants, num_warps=num_warps)
+            return
+        if len(_of_numbers) >= _MOST_NUMBERS:
+            _of_numbers.clear()
+        _of_numbers[exact] = compiled
     runtime = triton.knobs.runtime
     if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler wants to see the launch
         compiled[grid](*arguments, *constants)

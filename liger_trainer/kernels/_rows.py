@@ -69,7 +69,11 @@ def from_rows(rows: Tensor, x: Tensor, order: Sequence[int] | None) -> Tensor:
 def empty_in_order(x: Tensor, order: Sequence[int] | None, dtype: torch.dtype, *, per_row: bool = False) -> Tensor:
     """A dense uninitialised tensor of x's shape, without its last dimension for ``per_row``, its rows in ``order``."""
     if order is None:
-        return torch.empty(x.shape[:-1] if per_row else x.shape, dtype=dtype, device=x.device)
+        if per_row:
+            return torch.empty(x.shape[:-1], dtype=dtype, device=x.device)
+        return torch.empty_like(
+            x, dtype=dtype, memory_format=torch.contiguous_format
+        )  # half of torch.empty's host time
     n_rows = math.prod(x.shape[:-1])
     rows = torch.empty((n_rows,) if per_row else (n_rows, x.shape[-1]), dtype=dtype, device=x.device)
     return from_rows(rows, x, order)

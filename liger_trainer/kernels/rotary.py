@@ -157,9 +157,8 @@ def _head_dim_index(heads_first: bool) -> tuple[int, int]:
 def _empty(x: Tensor, heads_first: bool, token_major: bool, dtype: torch.dtype) -> Tensor:
     """A dense tensor of x's shape over (B, S, H, D) memory for token_major, else over (B, H, S, D) memory."""
     if token_major != heads_first:  # the memory's order is the order of the dimensions
-        return torch.empty(x.shape, dtype=dtype, device=x.device)
-    b, i, j, d = x.shape
-    return torch.empty((b, j, i, d), dtype=dtype, device=x.device).transpose(1, 2)
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(x.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _reference(
