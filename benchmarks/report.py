@@ -46,7 +46,8 @@ it runs on; `make benchmark-report` writes this page.
 
 - **device ms**: one call in a replayed device graph, over sets of inputs that together exceed the cache several times.
   No host can slow it down. Empty where the host must wait for the device in the middle of a call.
-- **event ms**: events around plain calls, median and the band from 20 to 80 %, the cache flushed before each.
+- **event ms**: events around plain calls, median and the band from 20 to 80 %, the cache flushed before each. Where
+  matrix products take the time, which heat a device and slow it down, everyone's begin after a pause of half a second.
 - **× floor**: device time (event time where there is none) over the time that no implementation is expected to beat,
   measured in the same run. For all ops but the LM head that is a copy of the bytes that must move.
 - **host µs**: time to enqueue one call of a tiny problem, which bounds small steps.

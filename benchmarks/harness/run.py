@@ -35,6 +35,7 @@ __all__ = ["RESULTS", "Runner", "main", "relative_error", "show_table", "times_f
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MOST_INPUT_SETS = 16
+REST_S = 0.5
 # Relative error (Frobenius) beyond which a result is another function's. Rounding stays far below it.
 WRONG = {"bfloat16": 0.03, "float16": 0.01, "float32": 0.01}
 
@@ -70,6 +71,7 @@ class Runner:
         """Milliseconds below which no implementation is expected, measured in this process."""
         if case not in self._floors:
             if self.benchmark.floor_ms is not None:
+                self._rest()
                 self._floors[case] = self.benchmark.floor_ms(case, self.device, self.budget_ms)
                 free_memory(self.device)
             else:
@@ -150,9 +152,16 @@ class Runner:
         for _ in range(2):  # compiles, tunes, allocates workspaces
             step()
         row["peak_bytes"] = peak_memory(step, self.device)
+        self._rest()
         row["event_ms"] = event_times(step, self.device, restore=restore, budget_ms=self.budget_ms)
         if case == self.benchmark.tiny:
             row["host_us"] = host_time(step, self.device)
+
+    def _rest(self) -> None:
+        """Matrix products heat a device, and a hot one is slower: whoever's are timed, they begin after a pause."""
+        if not self.benchmark.device_graphs and self.device.type != "cpu":
+            synchronize(self.device)
+            time.sleep(REST_S)
 
     def _measure_device(self, row: Row, op: Op, case: Case) -> None:
         n_bytes = sum(each.nbytes for each in self.benchmark.inputs(case, self.device).tensors())

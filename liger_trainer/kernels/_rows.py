@@ -71,9 +71,8 @@ def empty_in_order(x: Tensor, order: Sequence[int] | None, dtype: torch.dtype, *
     if order is None:
         if per_row:
             return torch.empty(x.shape[:-1], dtype=dtype, device=x.device)
-        return torch.empty_like(
-            x, dtype=dtype, memory_format=torch.contiguous_format
-        )  # half of torch.empty's host time
+        # Half of the host time of torch.empty.
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     n_rows = math.prod(x.shape[:-1])
     rows = torch.empty((n_rows,) if per_row else (n_rows, x.shape[-1]), dtype=dtype, device=x.device)
     return from_rows(rows, x, order)
