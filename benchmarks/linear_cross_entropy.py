@@ -129,7 +129,7 @@ BENCHMARK = Benchmark(
     providers={
         "ours": Provider(build_ours(), note="tiles as it chooses them"),
         "ours-512m": Provider(build_ours(512 * 2**20), note="tiles of 512 MiB"),
-        "ours-1g": Provider(build_ours(2**30), note="tiles of 1 GiB"),
+        "ours-2g": Provider(build_ours(2**31), note="tiles of 2 GiB"),
         "hf": Provider(lambda case: formula, note="F.linear, then F.cross_entropy in fp32"),
         "compile": compiled(formula),
         "torch": Provider(build_torch, note="F.linear_cross_entropy, chunked"),

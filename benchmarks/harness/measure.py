@@ -204,7 +204,7 @@ def device_time(calls: Sequence[Callable[[], Any]], device: torch.device, *, bud
     return replays.median / len(calls)
 
 
-def host_time(call: Callable[[], Any], device: torch.device, *, chunks: int = 10, calls: int = 20) -> float:
+def host_time(call: Callable[[], Any], device: torch.device, *, chunks: int = 40, calls: int = 20) -> float:
     """Microseconds that the host takes to enqueue a call.
 
     Meant for inputs so small that the device keeps up. The host waits for the device between chunks, outside of the

@@ -17,7 +17,7 @@ __all__ = ["LABELS", "draw_sweep"]
 LABELS = {
     "ours": "liger_trainer",
     "ours-512m": "liger_trainer, 512 MiB tiles",
-    "ours-1g": "liger_trainer, 1 GiB tiles",
+    "ours-2g": "liger_trainer, 2 GiB tiles",
     "hf": "Hugging Face",
     "compile": "torch.compile",
     "torch": "PyTorch fused",

@@ -200,6 +200,15 @@ def _load_statistic(ptr, rows, live):
 
 
 @triton.jit
+def _load_for_backward(dy_ptr, dy_stride, x_ptr, x_stride, mean_ptr, rstd_ptr, rows, columns, live, mask):
+    """x and dy (ROWS, BLOCK) in their dtypes, rstd and mean (ROWS,) of rows."""
+    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
+    dy = tl.load(dy_ptr + rows[:, None] * dy_stride + columns[None, :], mask=mask, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
+    return x, dy, rstd, _load_statistic(mean_ptr, rows, live)
+
+
+@triton.jit
 def _store_share(share, sum_ptr, partials_ptr, columns, in_row, WIDTH: tl.constexpr):
     """This program's share of dW or db (BLOCK,), to (programs, WIDTH) partial sums; the only program's is the sum."""
     if tl.num_programs(0) == 1:
@@ -235,23 +244,32 @@ def _backward_kernel(
     step = tl.num_programs(0) * ROWS
     columns = tl.arange(0, BLOCK)
     in_row = columns < WIDTH
-    if weight_ptr is not None:
+    # The next rows are on their way while these are worked on, as long as the registers hold both.
+    prefetch: tl.constexpr = BLOCK <= 8192
+    if weight_ptr is not None and prefetch:
         scale = _scale(tl.load(weight_ptr + columns, mask=in_row, other=0.0), OFFSET, CASTING)[None, :]
     if dweight_ptr is not None:
         dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     if dbias_ptr is not None:
         dbias = tl.zeros((ROWS, BLOCK), tl.float32)
 
-    # The next rows are on their way while these are worked on.
     rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     mask = live[:, None] & in_row[None, :]
-    next_x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
-    next_dy = tl.load(dy_ptr + rows[:, None] * dy_stride + columns[None, :], mask=mask, other=0.0)
-    next_rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
-    next_mean = _load_statistic(mean_ptr, rows, live)
+    if prefetch:
+        next_x, next_dy, next_rstd, next_mean = _load_for_backward(
+            dy_ptr, dy_stride, x_ptr, x_stride, mean_ptr, rstd_ptr, rows, columns, live, mask
+        )
     for _ in range(program * ROWS, n_rows, step):
-        x, dy, rstd, mean = next_x.to(tl.float32), next_dy.to(tl.float32), next_rstd[:, None], next_mean[:, None]
+        if prefetch:
+            x, dy, rstd, mean = next_x, next_dy, next_rstd, next_mean
+        else:
+            x, dy, rstd, mean = _load_for_backward(
+                dy_ptr, dy_stride, x_ptr, x_stride, mean_ptr, rstd_ptr, rows, columns, live, mask
+            )
+            if weight_ptr is not None:
+                scale = _scale(tl.load(weight_ptr + columns, mask=in_row, other=0.0), OFFSET, CASTING)[None, :]
+        x, dy, rstd, mean = x.to(tl.float32), dy.to(tl.float32), rstd[:, None], mean[:, None]
         if dtotal_ptr is not None:
             dtotal = tl.load(dtotal_ptr + rows[:, None] * dtotal_stride + columns[None, :], mask=mask, other=0.0)
         dx_ptrs = dx_ptr + rows[:, None] * WIDTH + columns[None, :]
@@ -259,10 +277,10 @@ def _backward_kernel(
         rows += step
         live = rows < n_rows
         mask = live[:, None] & in_row[None, :]
-        next_x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
-        next_dy = tl.load(dy_ptr + rows[:, None] * dy_stride + columns[None, :], mask=mask, other=0.0)
-        next_rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
-        next_mean = _load_statistic(mean_ptr, rows, live)
+        if prefetch:
+            next_x, next_dy, next_rstd, next_mean = _load_for_backward(
+                dy_ptr, dy_stride, x_ptr, x_stride, mean_ptr, rstd_ptr, rows, columns, live, mask
+            )
 
         # Columns past the row need no mask: dy is 0 there.
         normalized = (x - mean) * rstd

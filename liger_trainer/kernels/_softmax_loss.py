@@ -384,15 +384,15 @@ def _softmax_loss_reference(
     gradient.copy_(dz.masked_fill_(~valid.unsqueeze(1), 0))
 
 
-def _tile(n_classes: int, itemsize: int, reads_twice: bool) -> tuple[int, int]:
+def _tile(n_classes: int, itemsize: int, with_gradient: bool) -> tuple[int, int]:
     """(classes, warps) of the block in which a program goes through its row.
 
-    A row that is read twice should still be in the L2 the second time: the wider it is, the wider the blocks and the
-    more warps a program has, so that fewer rows are under way on a multiprocessor. What is read once streams best in
-    small blocks.
+    A row that is read again for its gradient should still be in the L2 then: the wider it is, the wider the blocks and
+    the more warps a program has, so that fewer rows are under way on a multiprocessor. A row of which only the loss is
+    wanted streams best in small blocks.
     """
     widest = 4096
-    if reads_twice:
+    if with_gradient:
         widest = 8192 if n_classes * itemsize <= 2**17 else 16384
     block = min(max(triton.next_power_of_2(n_classes), 16), widest)
     return block, max(4, block // 512)
@@ -446,7 +446,7 @@ def softmax_loss_rows(
     token_weights = None if token_weights is None else token_weights.contiguous()
     class_weights = None if class_weights is None else class_weights.contiguous()
     n_classes = logits.shape[1]
-    block, warps = _tile(n_classes, logits.itemsize, reads_twice=gradient is not None and not known_lse)
+    block, warps = _tile(n_classes, logits.itemsize, gradient is not None)
     launch(
         _softmax_loss_kernel,
         (logits.shape[0], 1, 1),

@@ -12,7 +12,7 @@ from liger_trainer.kernels import _norm_kernels, layer_norm, rms_norm
 
 from .helpers import ON_GPU, RecordOutputs, assert_close_to_reference, doubled, dtypes_of, rounded, strided_views
 
-SHAPES = [(1, 64), (5, 1), (1, 1), (3, 9, 13), (130, 7), (5, 1100), (0, 17), (2, 0, 5), (3, 0), (64,)]
+SHAPES = [(1, 64), (5, 1), (1, 1), (3, 9, 13), (130, 7), (5, 1100), (3, 9000), (0, 17), (2, 0, 5), (3, 0), (64,)]
 if ON_GPU:
     SHAPES += [(8192, 128), (1000, 4096), (517, 5120), (70, 8192), (33, 16384), (9, 20000), (5, 33000), (3, 100003)]
 EPS = 1e-5
