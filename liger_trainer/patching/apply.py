@@ -14,14 +14,14 @@ from typing import Any
 from torch import nn
 
 from .._environment import disabled
-from . import class_swap, lm_head, mlp, norm, rotary
+from . import class_swap, experts, lm_head, mlp, norm, rotary
 from .options import Options
 from .recogniser import Recogniser, Replacement, Skip, apply_all
 from .report import LeftAlone, Replaced, Report
 
 __all__ = ["RECOGNISERS", "apply_liger_kernel", "is_patched", "plan", "revert"]
 
-RECOGNISERS: list[Recogniser] = [norm, mlp, rotary, lm_head]
+RECOGNISERS: list[Recogniser] = [norm, mlp, experts, rotary, lm_head]
 
 
 @dataclass(frozen=True)

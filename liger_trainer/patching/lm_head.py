@@ -49,7 +49,7 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "_is_replica", False):  # of nn.DataParallel, which gathers outputs that are tensors only
             return original(self, *args, **kwargs)
-        head = self.get_output_embeddings()  # type: ignore[operator]
+        head = _head_of(self)
         deferring = False
         for name in _LABEL_ARGUMENTS:
             if kwargs.get(name) is not None:
@@ -58,6 +58,10 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
             elif name in positions and len(args) > positions[name] - 1 and args[positions[name] - 1] is not None:
                 deferring = True
         if not deferring or not hasattr(type(head), "_liger_deferring"):
+            return original(self, *args, **kwargs)
+        # Of two forwards on one head, one inside the other, the outer one says what leaves the model. (Dynamo would
+        # guard on the attribute, which it leaves behind.)
+        if not torch.compiler.is_compiling() and head._liger_deferring:
             return original(self, *args, **kwargs)
         head._liger_deferring = True
         try:
@@ -103,6 +107,16 @@ def _check(head: nn.Module, fused: bool) -> str | None:
     return None
 
 
+def _head_of(model: nn.Module) -> nn.Module | None:
+    """The module that makes model's logits: what it names, or else the one that a model inside it names."""
+    for module in model.modules():
+        if callable(getattr(type(module), "get_output_embeddings", None)):
+            head = module.get_output_embeddings()
+            if isinstance(head, nn.Module):
+                return head
+    return None
+
+
 def _models_with_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Every module that takes labels and names its head, with that head; (path, module, head's path, head)."""
     paths = {id(module): path for path, module in model.named_modules()}
@@ -111,8 +125,8 @@ def _models_with_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
             continue
         if "labels" not in inspect.signature(type(module).forward).parameters:
             continue
-        head = module.get_output_embeddings()
-        if isinstance(head, nn.Module) and id(head) in paths:
+        head = _head_of(module)
+        if head is not None and id(head) in paths:
             yield path, module, paths[id(head)], head
 
 

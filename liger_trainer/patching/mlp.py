@@ -12,46 +12,33 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from .class_swap import stock_class
 from .forwards import renamed_like, takes_one_input
+from .gated_activations import ACTIVATIONS, Activation
 from .options import Options
-from .probe import Call, Noise, compute_device, difference, fingerprint, nearly_bitwise, quiet, shadow, training_dtype
+from .probe import (
+    Call,
+    Noise,
+    Replay,
+    compute_device,
+    difference,
+    fingerprint,
+    nearly_bitwise,
+    quiet,
+    shadow,
+    training_dtype,
+)
 from .recogniser import ClassSwap, Finding, Skip
 
 __all__ = ["recognise"]
 
 KIND = "mlp"
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An activation of the gate: ``silu``, or ``gelu`` in its exact or its tanh form."""
-
-    name: Literal["silu", "gelu"]
-    approximate: str = "none"
-
-    def eager(self, gate: Tensor, up: Tensor) -> Tensor:
-        if self.name == "silu":
-            return nn.functional.silu(gate) * up
-        return nn.functional.gelu(gate, approximate=self.approximate) * up
-
-    def fused(self, gate: Tensor, up: Tensor) -> Tensor:
-        if self.name == "silu":
-            return kernels.swiglu(gate, up)
-        return kernels.geglu(gate, up, approximate=self.approximate)
-
-    def __str__(self) -> str:
-        return "swiglu" if self.name == "silu" else f"geglu({self.approximate})"
-
-
-ACTIVATIONS = (Activation("silu"), Activation("gelu", "tanh"), Activation("gelu", "none"))
 
 
 @dataclass(frozen=True)
@@ -62,19 +49,25 @@ class Roles:
         gate, up: names of the children. Equal where one projection gives both.
         down: name of the child.
         gate_first: for one projection of both, whether the gate is the first half of its output.
+        dropout: name of a dropout module before down, or None.
     """
 
     gate: str
     up: str
     down: str
     gate_first: bool = True
+    dropout: str | None = None
 
     def run(self, mlp: Any, x: Tensor, activate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The forward of mlp, with ``activate(gate, up)`` between its projections."""
         if self.gate != self.up:
-            return getattr(mlp, self.down)(activate(getattr(mlp, self.gate)(x), getattr(mlp, self.up)(x)))
-        first, second = getattr(mlp, self.gate)(x).chunk(2, dim=-1)
-        return getattr(mlp, self.down)(activate(first, second) if self.gate_first else activate(second, first))
+            inner = activate(getattr(mlp, self.gate)(x), getattr(mlp, self.up)(x))
+        else:
+            first, second = getattr(mlp, self.gate)(x).chunk(2, dim=-1)
+            inner = activate(first, second) if self.gate_first else activate(second, first)
+        if self.dropout is not None:
+            inner = getattr(mlp, self.dropout)(inner)
+        return getattr(mlp, self.down)(inner)
 
 
 class StubProjection(nn.Module):
@@ -149,10 +142,9 @@ def _identify(module: nn.Module, candidates: list[Roles]) -> tuple[Roles, Activa
     for name, child in module.named_children():
         if name in projections:
             continue
-        if isinstance(child, nn.modules.dropout._DropoutNd):
-            return f"has dropout ({name})"
         if any(True for _ in child.parameters()):
             return f"has a child with parameters ({name}: {type(child).__name__})"
+    candidates += [replace(roles, dropout=name) for name in _dropouts(module) for roles in candidates]
     parameters = [p for child in projections.values() for p in child.parameters()]
     with quiet(compute_device(parameters)):
         found = _match(module, candidates)
@@ -169,6 +161,10 @@ def _identify(module: nn.Module, candidates: list[Roles]) -> tuple[Roles, Activa
     return reasons[0]
 
 
+def _dropouts(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_children() if isinstance(child, nn.modules.dropout._DropoutNd)]
+
+
 def _probe(module: nn.Module, roles: Roles, dtype: torch.dtype) -> tuple[Any, Tensor]:
     """module with random projections of dtype, and an input for it."""
     projections = _projections(module)
@@ -180,20 +176,28 @@ def _probe(module: nn.Module, roles: Roles, dtype: torch.dtype) -> tuple[Any, Te
             for name, child in projections.items()
         },
     )
+    for name in _dropouts(module):
+        getattr(mlp, name).p = 0.5  # where it stands shows only where it drops
     return mlp, noise.rows(2, 5, projections[roles.gate].in_features, dtype=dtype).requires_grad_()
 
 
 def _match(module: nn.Module, candidates: list[Roles]) -> list[tuple[Roles, Activation]] | str:
     """The roles and activations that give module's bf16 output bit for bit, for projections of our own."""
     mlp, x = _probe(module, candidates[0], torch.bfloat16)
-    theirs = {training: Call.of(mlp.train(training).forward, [x]) for training in (True, False)}
-    for call in theirs.values():
-        if isinstance(call, str):
-            return f"its forward {call}, on a probe"
+    replay = Replay(x.device)
+
+    def call(function: Callable[[Tensor], Tensor], training: bool) -> Call | str:
+        mlp.train(training)
+        return Call.of(replay(function), [x])
+
+    theirs = {training: call(mlp.forward, training) for training in (True, False)}
+    for each in theirs.values():
+        if isinstance(each, str):
+            return f"its forward {each}, on a probe"
     found = []
     for roles, activation in itertools.product(candidates, ACTIVATIONS):
-        ours = Call.of(functools.partial(roles.run, mlp, activate=activation.eager), [x])
-        if all(nearly_bitwise(ours, call) for call in theirs.values()):
+        ours = functools.partial(roles.run, mlp, activate=activation.eager)
+        if all(nearly_bitwise(call(ours, training), their) for training, their in theirs.items()):
             found.append((roles, activation))
     return found or "computes something else than down(silu or gelu(gate(x)) * up(x)), which shows in bfloat16"
 
@@ -201,10 +205,10 @@ def _match(module: nn.Module, candidates: list[Roles]) -> list[tuple[Roles, Acti
 def _disagreement(module: nn.Module, roles: Roles, activation: Activation, dtype: torch.dtype) -> str | None:
     where = f"in {dtype}".replace("torch.", "")
     mlp, x = _probe(module, roles, dtype)
-    forward = _forward(roles, activation)
+    forward, replay = _forward(roles, activation), Replay(x.device)
     weights = list(mlp.parameters())
-    ours = Call.of(functools.partial(forward, mlp), [x], weights)
-    return difference(ours, Call.of(mlp.forward, [x], weights), where)
+    ours = Call.of(replay(functools.partial(forward, mlp)), [x], weights)
+    return difference(ours, Call.of(replay(mlp.forward), [x], weights), where)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ RMS     w        before the weight   Llama, Mistral, Qwen
 RMS     w        after the weight    OLMo 2
 RMS     1 + w    after the weight    Gemma
 RMS     w        after the weight    ``torch.nn.RMSNorm``, which autocast runs in fp32
+RMS     none     the root by itself  DeepSeek-V4
 layer   w, 1 + w after the weight    ``torch.nn.LayerNorm``, Cohere, Nemotron
 ======= ======== =================== ==================================================
 
@@ -52,11 +53,13 @@ class Formula:
         offset: added to the weight.
         casting: where the result is cast to the input's dtype, as in :func:`liger_trainer.kernels.rms_norm`: before
             the weight (``"llama"``) or after it (``"gemma"``, ``"none"``, which differ under autocast).
+        rounds_root: whether the reciprocal root is cast by itself, before it meets the input. The kernel rounds less.
     """
 
     kind: Literal["rms_norm", "layer_norm"]
     offset: float
     casting: Casting
+    rounds_root: bool = False
 
     def eager(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         """The formula in torch operations, rounding where a model written by hand rounds."""
@@ -65,7 +68,8 @@ class Formula:
             scale = None if weight is None else (weight + self.offset).float()
             shift = None if bias is None else bias.float()
             return nn.functional.layer_norm(h, h.shape[-1:], scale, shift, eps).to(x.dtype)
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+        root = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+        h = x * root.to(x.dtype) if self.rounds_root else h * root
         if self.casting == "llama":
             h = h.to(x.dtype)
             return h if weight is None else h * (self.offset + weight)
@@ -78,6 +82,7 @@ class Formula:
 
 FORMULAS = (
     *(Formula("rms_norm", offset, casting) for offset in (0.0, 1.0) for casting in ("llama", "gemma", "none")),
+    Formula("rms_norm", 0.0, "llama", rounds_root=True),
     *(Formula("layer_norm", offset, "none") for offset in (0.0, 1.0)),
 )
 
@@ -121,6 +126,8 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
     known: dict[Any, Recognised | str | None] = {}
     for path, module in model.named_modules():
         if not _may_be_norm(module):
+            if _is_gated_norm(module) and options.rms_norm:
+                yield Skip("rms_norm", path, stock_class(module).__name__, "takes more than one input")
             continue
         key = fingerprint(module)
         if key not in known:
@@ -138,7 +145,16 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
                 yield Skip(kind, path, name, found)
 
 
+def _is_gated_norm(module: nn.Module) -> bool:
+    """Whether module calls itself a norm, has a weight, and takes something beside what it normalises."""
+    stock = stock_class(module)
+    weighted = len(getattr(module._parameters.get("weight"), "shape", ())) == 1
+    return weighted and "norm" in stock.__name__.lower() and not module._modules and not takes_one_input(stock.forward)
+
+
 def _may_be_norm(module: nn.Module) -> bool:
+    if isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase)):
+        return False
     parameters = dict(module.named_parameters(recurse=False))
     if module._modules or set(parameters) - {"weight", "bias"} or any(True for _ in module.buffers(recurse=False)):
         return False
@@ -286,6 +302,13 @@ def _disagreement(
     return None
 
 
+def _owned(y: Tensor) -> Tensor:
+    """y as no view, so that a model may change it in place: autograd forbids that of a view made inside a function."""
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 @functools.cache
 def _forward(found: Recognised) -> Callable[[Any, Tensor], Tensor]:
     formula, eps, offset = found.formula, found.eps, found.formula.offset
@@ -294,14 +317,14 @@ def _forward(found: Recognised) -> Callable[[Any, Tensor], Tensor]:
 
         def normalise(self: Any, x: Tensor, eps: float) -> Tensor:
             weight = self.weight if found.weighted else None
-            return kernels.rms_norm(x, weight, eps, offset=offset, casting=formula.casting)
+            return _owned(kernels.rms_norm(x, weight, eps, offset=offset, casting=formula.casting))
     else:
 
         def normalise(self: Any, x: Tensor, eps: float) -> Tensor:
             weight = self.weight if found.weighted else None
             if weight is not None and offset:
                 weight = weight + offset
-            return kernels.layer_norm(x, weight, self.bias if found.biased else None, eps)
+            return _owned(kernels.layer_norm(x, weight, self.bias if found.biased else None, eps))
 
     if eps.attribute is None:
         constant = eps.constant

@@ -17,6 +17,7 @@ class Options:
         rms_norm: RMS norms.
         layer_norm: layer norms.
         mlp: gated MLPs (SwiGLU, GEGLU).
+        experts: the gates of a mixture's experts.
         cross_entropy: the loss on materialised logits. Excludes ``fused_linear_cross_entropy``.
         fused_linear_cross_entropy: LM head and loss as one op, which keeps no logits.
         tile_bytes: size in bytes of the largest logits tile of the fused head; None lets the kernel choose.
@@ -26,6 +27,7 @@ class Options:
     rms_norm: bool = True
     layer_norm: bool = True
     mlp: bool = True
+    experts: bool = True
     cross_entropy: bool = False
     fused_linear_cross_entropy: bool = True
     tile_bytes: int | None = None

@@ -21,6 +21,7 @@ from .class_swap import stock_class
 __all__ = [
     "Call",
     "Noise",
+    "Replay",
     "compute_device",
     "difference",
     "fingerprint",
@@ -92,6 +93,27 @@ def quiet(device: torch.device) -> Iterator[None]:
         warnings.catch_warnings(action="ignore"),
     ):
         yield
+
+
+class Replay:
+    """Gives the functions that it wraps, each time, the random numbers that were next when it was made.
+
+    Args:
+        device: the one whose generator counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._states: Any = torch.random if device.type == "cpu" else torch.get_device_module(device)
+        self._arguments: tuple[Any, ...] = () if device.type == "cpu" else (device,)
+        self._state = self._states.get_rng_state(*self._arguments)
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def replayed(*args: Any) -> Any:
+            self._states.set_rng_state(self._state, *self._arguments)
+            return function(*args)
+
+        return replayed
 
 
 def shadow(module: nn.Module, children: dict[str, nn.Module] | None = None) -> Any:

@@ -61,7 +61,7 @@ def _images(model: nn.Module) -> Iterator[dict[str, Any]]:
     sizes = torch.tensor([[size, size]] * ROWS)
     grid = torch.tensor([[1, 4, 4]] * ROWS)
     n = size // patch
-    for pixels in (
+    yield from (
         {"pixel_values": plain},
         {"pixel_values": noise(ROWS * 16, channels * frames * patch**2), "image_grid_thw": grid},
         {"pixel_values": noise(ROWS * 16, channels * patch**2), "image_grid_thw": grid},
@@ -88,8 +88,7 @@ def _images(model: nn.Module) -> Iterator[dict[str, Any]]:
             "image_merge_sizes": torch.tensor([2] * ROWS),
         },
         {"flattened_patches": torch.cat([torch.ones(ROWS, 9, 2), noise(ROWS, 9, channels * patch**2)], -1)},
-    ):
-        yield pixels
+    )
 
 
 def _int(value: Any, default: int) -> int:
@@ -149,20 +148,21 @@ def _features(model: nn.Module, pixels: dict[str, Any]) -> int | None:
 def _texts(model: nn.Module, pixels: dict[str, Any], features: int | None) -> Iterator[dict[str, Any]]:
     takes = inspect.signature(type(model).forward).parameters
     token = _image_token(model.config)
-    counts = [0]
-    if features is not None and token is not None:
-        counts = [features // ROWS, features, 0]
+    # What a model does not tell of its features: one for four patches, or one for each, or as many as are queried.
+    counts = [features // ROWS, features, 0] if features is not None else [0, 4, 16]
+    if token is None and "image_embeds_position_mask" not in takes:
+        counts = [0]
     for count in counts:
         ids = _tokens(LENGTH)
         if count:
-            filler = torch.full((ROWS, count), token)
+            filler = torch.full((ROWS, count), HIGHEST_TEXT_TOKEN if token is None else token)
             ids = torch.cat([ids[:, :4], filler, ids[:, 4:]], dim=1)
         labels = ids.clone()
         labels[:, :3] = -100
         if token is not None:
             labels[ids == token] = -100
         batch = {"input_ids": ids, "labels": labels, **pixels}
-        kinds = (ids == token).long() if token is not None else torch.zeros_like(ids)
+        kinds = (ids == (HIGHEST_TEXT_TOKEN if token is None else token)).long()
         options: dict[str, Any] = {}
         for name in ("token_type_ids", "mm_token_type_ids", "image_embeds_position_mask", "image_sizes_mask"):
             if name in takes:

@@ -61,6 +61,11 @@ class Weightless(nn.Module):
         return rms(states.float(), self.eps).to(states.dtype)
 
 
+class RoundedRoot(Weightless):
+    def forward(self, states):
+        return states * torch.rsqrt(states.float().square().mean(-1, keepdim=True) + self.eps).to(states.dtype)
+
+
 class ConstantEps(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -89,6 +94,7 @@ KNOWN = [
     (OnePlusBefore, "rms_norm(llama, weight + 1)"),
     (KeepsFloat, "rms_norm(llama)"),
     (Weightless, "rms_norm(llama)"),
+    (RoundedRoot, "rms_norm(llama)"),
     (ConstantEps, "rms_norm(llama)"),
     (lambda: nn.RMSNorm(40), "rms_norm(none)"),
     (lambda: nn.RMSNorm(40, eps=1e-5), "rms_norm(none)"),
@@ -105,7 +111,7 @@ def run(norm, x):
     x = x.detach().requires_grad_()
     y = norm(x)
     upstream = torch.linspace(0, 999, y.numel()).cos().bfloat16().view(y.shape).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, [x, *norm.parameters()], upstream)]
+    return [y.detach(), *torch.autograd.grad(y, [x, *getattr(norm, "parameters", list)()], upstream)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -260,6 +266,21 @@ def test_other_modules_are_passed_over_in_silence():
     assert plan(model).replaced == ()
     assert {entry.class_name for entry in plan(model).skipped} <= {"BatchNorm1d", "GatedRMSNorm", "LayerNorm"}
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_second_input_is_named():
+    (entry,) = plan(nn.ModuleDict({"part": GatedRMSNorm()})).skipped
+    assert (entry.kind, entry.path, entry.reason) == ("rms_norm", "part", "takes more than one input")
+
+
+def test_what_is_normalised_may_be_changed_in_place():
+    """As XLM does: autograd forbids that of a view made by a function, which a kernel's result may be."""
+    norm, plain = nn.LayerNorm(40), nn.LayerNorm(40)
+    apply_liger_kernel(nn.ModuleDict({"part": norm}))
+    x = torch.randn(3, 7, 40)
+    ours, theirs = (run(lambda x, each=each: each(x).mul_(2), x) for each in (norm, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_forward_set_on_the_instance_is_left_alone():

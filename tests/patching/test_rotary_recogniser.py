@@ -62,8 +62,55 @@ def partial(q, k, cos, sin, unsqueeze_dim=1):
     return torch.cat((new_q, q[..., width:]), -1), torch.cat((new_k, k[..., width:]), -1)
 
 
-def wrong_sign(q, k, cos, sin, unsqueeze_dim=1):
+def reversed_turn(q, k, cos, sin, unsqueeze_dim=1):
     return half(q, k, cos, -sin, unsqueeze_dim)
+
+
+def split(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
+    return half(q, k, cos, sin, unsqueeze_dim)
+
+
+def split_half_tables(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = (t[..., : t.shape[-1] // 2].repeat(1, 1, 2) for t in (cos, sin))
+    return split(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+
+def missing_defaults(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
+    if k is None:
+        return half(q, q, cos, sin, unsqueeze_dim)[0]
+    return half(q, k, cos, sin, unsqueeze_dim)
+
+
+def a_column_a_pair(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+
+    def turn(x):
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    return turn(q), turn(k)
+
+
+def complex_heads_last(xq, xk, freqs_cis):
+    def turn(x):
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * freqs_cis[:, :, None, :]).flatten(3).type_as(x)
+
+    return turn(xq), turn(xk)
+
+
+def complex_one_table(query, key, freqs_ci):
+    freqs = freqs_ci.view(1, query.shape[1], query.shape[3] // 2)
+    return complex_heads_last(query, key, freqs)
+
+
+def complex_conjugated(xq, xk, freqs_cis):
+    return complex_heads_last(xq, xk, freqs_cis.conj())
+
+
+def wrong_sign_of_the_second(q, k, cos, sin, unsqueeze_dim=1):
+    return half(q, k, cos, torch.cat((sin[..., :6], -sin[..., 6:]), -1), unsqueeze_dim)
 
 
 def scaled(q, k, cos, sin, unsqueeze_dim=1):
@@ -133,6 +180,10 @@ KNOWN = [
     (neighbours_half_tables, "rotary(interleaved)", 1),
     (in_float, "rotary", 1),
     (partial, "rotary", 1),
+    (reversed_turn, "rotary(reversed)", 1),
+    (split, "rotary(interleaved, split)", 1),
+    (split_half_tables, "rotary(interleaved, split)", 1),
+    (missing_defaults, "rotary", 1),
 ]
 
 
@@ -202,21 +253,76 @@ def test_arguments_by_name(name, calls):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("function", [wrong_sign, scaled, keys_detached, lambda q, k, cos, sin: (q, k)])
+@pytest.mark.parametrize(
+    "function", [wrong_sign_of_the_second, scaled, keys_detached, lambda q, k, cos, sin: (q, k), complex_conjugated]
+)
 def test_what_only_looks_like_rotary_is_left_alone(function):
-    module = attention(function)
+    three = len(inspect.signature(function).parameters) == 3
+    module = attention(function, "    return {name}(q, k, cos)\n" if three else "    return {name}(q, k, cos, sin)\n")
     (entry,) = plan(nn.ModuleDict({"attn": module})).skipped
     assert entry.kind == "rope"
     assert entry.reason == "apply_rotary_pos_emb: computes none of the known rotations"
 
 
 def test_other_signatures_are_left_alone():
-    def single(x, cos, sin):
+    def single(x, cos, sin, unsqueeze_dim=1):
         return x
 
     source = "    return {name}(q, cos, sin), {name}(k, cos, sin)\n"
     (entry,) = plan(nn.ModuleDict({"attn": attention(single, source)})).skipped
-    assert "takes (x, cos, sin), not (q, k, cos, sin)" in entry.reason
+    assert "takes (x, cos, sin, unsqueeze_dim=1), not (q, k, cos, sin)" in entry.reason
+
+
+def test_a_column_a_pair(calls):
+    module, inputs = attention(a_column_a_pair), tensors(width=6)
+    theirs = run(module, inputs)
+    report = apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    assert [entry.kernel for entry in report.replaced] == ["rotary"]
+    calls.clear()
+    assert_same(run(module, inputs), theirs, 1e-6)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("function", "rows"), [(complex_heads_last, 2), (complex_heads_last, 1), (complex_one_table, 1)]
+)
+def test_complex_tables(function, rows, dtype, calls):
+    module = attention(function, "    return {name}(q, k, torch.complex(cos, sin))\n").to(dtype)
+    module.forward.__globals__["torch"] = torch
+    q, k, cos, sin = tensors(dtype, torch.float32, width=6, place=2)
+    inputs = [q, k, cos[:rows], sin[:rows]]
+    theirs = run(module, inputs)
+    report = apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    assert [entry.kernel for entry in report.replaced] == ["rotary(complex)"]
+    calls.clear()
+    assert_same(run(module, inputs), theirs, 1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert len(calls) == 1
+
+
+def test_missing_keys_go_to_the_original(calls):
+    module = attention(missing_defaults, "    return {name}(q, cos=cos, sin=sin), {name}(q, k, cos, sin)[1]\n")
+    inputs = tensors()
+    theirs = run(module, inputs)
+    apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    calls.clear()
+    assert_same(run(module, inputs), theirs, 1e-6)
+    assert len(calls) == 1
+
+
+def test_two_functions_in_one_forward(calls):
+    source = "    q, k = {name}(q, k, cos, sin)\n    return apply_rotary_split(q, k, cos, sin)\n"
+    module = attention(half, source)
+    module.forward.__globals__["apply_rotary_split"] = split
+    inputs = tensors()
+    theirs = run(module, inputs)
+    report = apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    assert [entry.kernel for entry in report.replaced] == ["rotary or rotary(interleaved, split)"]
+    calls.clear()
+    assert_same(run(module, inputs), theirs, 1e-6)
+    assert len(calls) == 2
+    revert(module)
+    assert_same(run(module, inputs), theirs, 0)
 
 
 def test_functions_of_four_arguments_that_are_no_rotary_are_passed_over():

@@ -1,0 +1,143 @@
+"""Recognising the experts of a mixture whose gate and up projections are one stack of matrices.
+
+transformers runs nearly all experts through one interface: whatever multiplies the matrices (a loop, one grouped
+product, one batched product) hands the joint output of gate and up, (S, 2 I), to the module's own ``_apply_gate``. That
+method is what is replaced. Every implementation of the products keeps serving, the one chosen in the config or a
+third party's, which would not be so if an implementation of our own were registered: that is a choice for the process
+and the config, and would show in the config that is saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .class_swap import stock_class
+from .forwards import renamed_like
+from .gated_activations import ACTIVATIONS, Activation
+from .options import Options
+from .probe import Call, Noise, compute_device, difference, fingerprint, nearly_bitwise, quiet, shadow, training_dtype
+from .recogniser import ClassSwap, Finding, Skip
+
+__all__ = ["recognise"]
+
+KIND = "experts"
+
+# Implementations of the interface that call ``_apply_gate``.
+SERVING = ("grouped_mm", "batched_mm")
+
+
+def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
+    """Find the experts of model; see :class:`liger_trainer.patching.recogniser.Recogniser`."""
+    if not options.experts:
+        return
+    known: dict[Any, tuple[Activation, bool] | str] = {}
+    for path, module in model.named_modules():
+        if not _are_experts(module):
+            continue
+        key = fingerprint(module)
+        if key not in known:
+            known[key] = _identify(module)
+        found = known[key]
+        stock = stock_class(module)
+        if isinstance(found, str):
+            yield Skip(KIND, path, stock.__name__, found)
+        else:
+            yield ClassSwap(KIND, path, str(found[0]), module, functools.partial(_members, stock._apply_gate, *found))
+
+
+def _are_experts(module: nn.Module) -> bool:
+    """Whether module holds stacks of matrices and, by its interface or its name, is a mixture's experts."""
+    stacks = [p for p in module.parameters(recurse=False) if len(getattr(p, "ds_shape", p.shape)) == 3]
+    named_so = "expert" in stock_class(module).__name__.lower()
+    return bool(stacks) and (hasattr(stock_class(module), "_apply_gate") or named_so)
+
+
+def _identify(module: nn.Module) -> tuple[Activation, bool] | str:
+    """The activation, and whether the gate is the first half; else why the experts are left alone."""
+    obstacle = _obstacle(module)
+    if obstacle is not None:
+        return obstacle
+    parameters = list(module.parameters(recurse=False))
+    with quiet(compute_device(parameters)):
+        found = _match(module)
+        if isinstance(found, str):
+            return found
+        dtypes = dict.fromkeys([training_dtype(parameters), torch.bfloat16, torch.float32])
+        reasons = []
+        for candidate in found:
+            reason = next(filter(None, (_disagreement(module, *candidate, dtype) for dtype in dtypes)), None)
+            if reason is None:
+                return candidate
+            reasons.append(reason)
+    return reasons[0]
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    stock = stock_class(module)
+    if not hasattr(stock, "_apply_gate") or not hasattr(module, "has_gate"):
+        return "does not run through transformers' experts interface"
+    if not module.has_gate:
+        return "has no gate"
+    if "forward" in vars(module) or "_apply_gate" in vars(module):
+        return "its methods are set on the instance"
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    loops = implementation in (None, "eager")
+    if loops and "_apply_gate" in inspect.unwrap(stock.forward).__code__.co_names:
+        return None
+    if implementation not in SERVING:
+        return (
+            f"experts_implementation={implementation or 'eager'!r} applies the gate by itself; choose one of "
+            f"{', '.join(SERVING)}"
+        )
+    return None
+
+
+def _probe(module: nn.Module, dtype: torch.dtype) -> tuple[Any, Tensor]:
+    """module without its matrices, and a joint output of gate and up for its ``_apply_gate``."""
+    stack = getattr(module, "gate_up_proj", None)
+    shape = getattr(stack, "ds_shape", getattr(stack, "shape", (1, 96, 96)))
+    width = shape[-1] if getattr(module, "is_transposed", False) else shape[-2]
+    noise = Noise(compute_device(list(module.parameters(recurse=False))))
+    return shadow(module), noise.rows(11, int(width), dtype=dtype).requires_grad_()
+
+
+def _match(module: nn.Module) -> list[tuple[Activation, bool]] | str:
+    experts, joint = _probe(module, torch.bfloat16)
+    theirs = Call.of(experts._apply_gate, [joint])
+    if isinstance(theirs, str):
+        return f"its _apply_gate {theirs}, on a probe"
+    found = [
+        (activation, gate_first)
+        for activation in ACTIVATIONS
+        for gate_first in (True, False)
+        if nearly_bitwise(Call.of(functools.partial(_apply, activation.eager, gate_first), [joint]), theirs)
+    ]
+    return found or "its _apply_gate computes something else than silu or gelu(gate) * up, which shows in bfloat16"
+
+
+def _disagreement(module: nn.Module, activation: Activation, gate_first: bool, dtype: torch.dtype) -> str | None:
+    where = f"in {dtype}".replace("torch.", "")
+    experts, joint = _probe(module, dtype)
+    ours = Call.of(functools.partial(_apply, activation.fused, gate_first), [joint])
+    return difference(ours, Call.of(experts._apply_gate, [joint]), where)
+
+
+def _apply(activate: Callable[[Tensor, Tensor], Tensor], gate_first: bool, joint: Tensor) -> Tensor:
+    first, second = joint.chunk(2, dim=-1)
+    return activate(first, second) if gate_first else activate(second, first)
+
+
+@functools.cache
+def _members(original: Any, activation: Activation, gate_first: bool) -> dict[str, Any]:
+    activate = activation.fused
+
+    def apply_gate(self: Any, joint: Tensor) -> Tensor:
+        return _apply(activate, gate_first, joint)
+
+    return {"_apply_gate": renamed_like(apply_gate, original)}

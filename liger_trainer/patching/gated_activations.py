@@ -1,0 +1,53 @@
+"""The activations of gated linear units that a kernel computes, with the ways in which models round them.
+
+:mod:`.mlp` and :mod:`.experts` compare what a model computes with these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .. import kernels
+
+__all__ = ["ACTIVATIONS", "Activation"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation of the gate: ``silu``, or ``gelu`` in its exact or its tanh form.
+
+    Attributes:
+        in_float: whether activation and product are in fp32 and rounded once, as in the kernel, or each by itself.
+    """
+
+    name: Literal["silu", "gelu"]
+    approximate: str = "none"
+    in_float: bool = False
+
+    def eager(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``activation(gate) * up`` in torch operations, rounding where a model written by hand rounds."""
+        dtype = gate.dtype
+        if self.in_float:
+            gate, up = gate.float(), up.float()
+        if self.name == "silu":
+            return (nn.functional.silu(gate) * up).to(dtype)
+        return (nn.functional.gelu(gate, approximate=self.approximate) * up).to(dtype)
+
+    def fused(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The same by the kernel, in fp32 and rounded once."""
+        if self.name == "silu":
+            return kernels.swiglu(gate, up)
+        return kernels.geglu(gate, up, approximate=self.approximate)
+
+    def __str__(self) -> str:
+        return "swiglu" if self.name == "silu" else f"geglu({self.approximate})"
+
+
+ACTIVATIONS = tuple(
+    Activation(name, approximate, in_float)
+    for in_float in (False, True)
+    for name, approximate in (("silu", "none"), ("gelu", "tanh"), ("gelu", "none"))
+)
