@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._environment import disabled
+from .._logging import logger
 from . import class_swap, experts, lm_head, mlp, norm, rotary
+from .memory import bytes_saved
 from .options import Options
 from .recogniser import Recogniser, Replacement, Skip, apply_all
-from .report import LeftAlone, Replaced, Report
+from .report import LeftAlone, Replaced, Report, dtype_names
 
 __all__ = ["RECOGNISERS", "apply_liger_kernel", "is_patched", "plan", "revert"]
 
@@ -83,30 +86,85 @@ def apply_liger_kernel(model: nn.Module, **options: Any) -> Report:
             _patches[model] = patch
         raise
     _patches[model] = _Patch(parsed, tuple(replacements), report)
+    if parsed.check and any(parameter.is_meta for parameter in model.parameters()):
+        model.register_forward_pre_hook(_verify_where_it_runs)
     return report
 
 
-def plan(model: nn.Module, **options: Any) -> Report:
+def _verify_where_it_runs(model: nn.Module, inputs: Any) -> None:
+    """A hook before the first forward of a model that was patched without weights, so perhaps for another device.
+
+    Each kind of part is compared again with its original, and goes back to it where they differ by now.
+    """
+    if torch.compiler.is_compiling():
+        return
+    _forget_hook(model)
+    patch = _patches.get(model)
+    verified: dict[Any, str | None] = {}
+    for replacement in patch.replacements if patch is not None else ():
+        module = model.get_submodule(replacement.path)
+        kind = (type(module), *(p.dtype for p in module.parameters()), *(p.shape for p in module.parameters()))
+        if kind not in verified and replacement.verify is not None:
+            verified[kind] = replacement.verify()
+        reason = verified.get(kind)
+        if reason is not None and replacement.in_force:
+            replacement.revert()
+            logger.warning(
+                "%s %s (%s) is left alone after all: %s",
+                replacement.kind, replacement.path, replacement.class_name, reason,
+            )  # fmt: skip
+
+
+def _forget_hook(model: nn.Module) -> None:
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _verify_where_it_runs:
+            del model._forward_pre_hooks[key]
+
+
+def plan(model: nn.Module, *, batch: int | None = None, length: int | None = None, **options: Any) -> Report:
     """What :func:`apply_liger_kernel` would do with the same arguments, without touching the model.
+
+    Works on a model on the meta device, so without weights.
+
+    Args:
+        model: as for :func:`apply_liger_kernel`.
+        batch, length: rows and tokens a row of a training step, for which the report then says what memory each part
+            saves: what is kept for the backward pass, and for the LM head the logits. Given together or not at all.
+        **options: as for :func:`apply_liger_kernel`.
 
     Raises:
         TypeError, ValueError: as :func:`apply_liger_kernel`, except that a model without recognisable part gives an
-            empty report.
+            empty report; batch or length below 1, or one without the other.
     """
-    return _decide(model, _checked(model, options))[1]
+    parsed = _checked(model, options)
+    if (batch is None) != (length is None):
+        raise ValueError(f"batch and length are given together or not at all, got batch={batch}, length={length}")
+    for name, value in (("batch", batch), ("length", length)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    return _decide(model, parsed, None if batch is None or length is None else (batch, length))[1]
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: nn.Module | str) -> nn.Module | None:
     """Undo :func:`apply_liger_kernel` in model and in everything inside it, and return model.
 
-    Works on copies of a patched model and on models that were wrapped since; without effect on an unpatched one.
+    Works on copies of a patched model and on models that were wrapped since; without effect on an unpatched one. With
+    a model type, as ``"llama"``, models of that type that are made from now on are no longer patched, as
+    ``apply_liger_kernel_to_llama()`` had asked; returns None then.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is neither a module nor a string.
+        ValueError: transformers has no such type.
         RuntimeError: a replaced part was given another class since, as FSDP2 does.
     """
+    if isinstance(model, str):
+        from .by_type import unregister
+
+        unregister(model)
+        return None
     _check_module(model)
     for module in model.modules():
+        _forget_hook(module)
         patch = _patches.pop(module, None)
         if patch is not None:
             for replacement in reversed(patch.replacements):
@@ -139,7 +197,9 @@ def _checked(model: Any, options: dict[str, Any]) -> Options:
     return Options.parse(options)
 
 
-def _decide(model: nn.Module, options: Options) -> tuple[Sequence[Replacement], Report]:
+def _decide(
+    model: nn.Module, options: Options, step: tuple[int, int] | None = None
+) -> tuple[Sequence[Replacement], Report]:
     replacements: list[Replacement] = []
     skipped: list[LeftAlone] = []
     claimed: dict[str, str] = {}
@@ -153,5 +213,12 @@ def _decide(model: nn.Module, options: Options) -> tuple[Sequence[Replacement], 
             else:
                 claimed[found.path] = found.kind
                 replacements.append(found)
-    replaced = tuple(Replaced(r.kind, r.path, r.class_name, r.kernel) for r in replacements)
-    return replacements, Report(replaced, tuple(skipped))
+    return replacements, Report(tuple(_entry(each, step) for each in replacements), tuple(skipped), *(step or ()))
+
+
+def _entry(replacement: Replacement, step: tuple[int, int] | None) -> Replaced:
+    saves = None
+    if step is not None and replacement.trial is not None:
+        saves = bytes_saved(replacement.trial(*step))
+    checked = dtype_names(replacement.checked)
+    return Replaced(replacement.kind, replacement.path, replacement.class_name, replacement.kernel, checked, saves)

@@ -20,8 +20,20 @@ from torch import Tensor, nn
 from .class_swap import stock_class
 from .forwards import renamed_like
 from .gated_activations import ACTIVATIONS, Activation
+from .memory import Trial
 from .options import Options
-from .probe import Call, Noise, compute_device, difference, fingerprint, nearly_bitwise, quiet, shadow, training_dtype
+from .probe import (
+    Call,
+    Noise,
+    compute_device,
+    difference,
+    fingerprint,
+    nearly_bitwise,
+    probe_dtypes,
+    quiet,
+    shadow,
+    training_dtype,
+)
 from .recogniser import ClassSwap, Finding, Skip
 
 __all__ = ["recognise"]
@@ -42,13 +54,16 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
             continue
         key = fingerprint(module)
         if key not in known:
-            known[key] = _identify(module)
+            known[key] = _identify(module, options.check)
         found = known[key]
         stock = stock_class(module)
         if isinstance(found, str):
             yield Skip(KIND, path, stock.__name__, found)
         else:
-            yield ClassSwap(KIND, path, str(found[0]), module, functools.partial(_members, stock._apply_gate, *found))
+            members = functools.partial(_members, stock._apply_gate, *found)
+            checked = probe_dtypes(list(module.parameters(recurse=False))) if options.check else ()
+            trial, verify = (functools.partial(each, module, *found) for each in (_trial, _verify))
+            yield ClassSwap(KIND, path, str(found[0]), module, members, checked, trial, verify)
 
 
 def _are_experts(module: nn.Module) -> bool:
@@ -58,7 +73,7 @@ def _are_experts(module: nn.Module) -> bool:
     return bool(stacks) and (hasattr(stock_class(module), "_apply_gate") or named_so)
 
 
-def _identify(module: nn.Module) -> tuple[Activation, bool] | str:
+def _identify(module: nn.Module, check: bool) -> tuple[Activation, bool] | str:
     """The activation, and whether the gate is the first half; else why the experts are left alone."""
     obstacle = _obstacle(module)
     if obstacle is not None:
@@ -68,7 +83,7 @@ def _identify(module: nn.Module) -> tuple[Activation, bool] | str:
         found = _match(module)
         if isinstance(found, str):
             return found
-        dtypes = dict.fromkeys([training_dtype(parameters), torch.bfloat16, torch.float32])
+        dtypes = probe_dtypes(parameters) if check else (torch.float32,)
         reasons = []
         for candidate in found:
             reason = next(filter(None, (_disagreement(module, *candidate, dtype) for dtype in dtypes)), None)
@@ -100,11 +115,15 @@ def _obstacle(module: nn.Module) -> str | None:
 
 def _probe(module: nn.Module, dtype: torch.dtype) -> tuple[Any, Tensor]:
     """module without its matrices, and a joint output of gate and up for its ``_apply_gate``."""
+    noise = Noise(compute_device(list(module.parameters(recurse=False))))
+    return shadow(module), noise.rows(11, _width(module), dtype=dtype).requires_grad_()
+
+
+def _width(module: nn.Module) -> int:
+    """2 I, the width of gate and up together."""
     stack = getattr(module, "gate_up_proj", None)
     shape = getattr(stack, "ds_shape", getattr(stack, "shape", (1, 96, 96)))
-    width = shape[-1] if getattr(module, "is_transposed", False) else shape[-2]
-    noise = Noise(compute_device(list(module.parameters(recurse=False))))
-    return shadow(module), noise.rows(11, int(width), dtype=dtype).requires_grad_()
+    return int(shape[-1] if getattr(module, "is_transposed", False) else shape[-2])
 
 
 def _match(module: nn.Module) -> list[tuple[Activation, bool]] | str:
@@ -119,6 +138,13 @@ def _match(module: nn.Module) -> list[tuple[Activation, bool]] | str:
         if nearly_bitwise(Call.of(functools.partial(_apply, activation.eager, gate_first), [joint]), theirs)
     ]
     return found or "its _apply_gate computes something else than silu or gelu(gate) * up, which shows in bfloat16"
+
+
+def _verify(module: nn.Module, activation: Activation, gate_first: bool) -> str | None:
+    parameters = list(module.parameters(recurse=False))
+    with quiet(compute_device(parameters)):
+        each = (_disagreement(module, activation, gate_first, dtype) for dtype in probe_dtypes(parameters))
+        return next(filter(None, each), None)
 
 
 def _disagreement(module: nn.Module, activation: Activation, gate_first: bool, dtype: torch.dtype) -> str | None:
@@ -141,3 +167,14 @@ def _members(original: Any, activation: Activation, gate_first: bool) -> dict[st
         return _apply(activate, gate_first, joint)
 
     return {"_apply_gate": renamed_like(apply_gate, original)}
+
+
+def _trial(module: nn.Module, activation: Activation, gate_first: bool, batch: int, length: int) -> Trial:
+    experts, dtype = shadow(module), training_dtype(list(module.parameters(recurse=False)))
+    config = getattr(module, "config", None)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k", None) or 1
+    joint = torch.empty(batch * length * chosen, _width(module), dtype=dtype, device="meta", requires_grad=True)
+    # The down projection keeps what the gate gives; without it that would count for nothing.
+    down = nn.Linear(_width(module) // 2, 1, bias=False, device="meta", dtype=dtype)
+    ours = functools.partial(_apply, activation.fused, gate_first)
+    return Trial(lambda x: down(experts._apply_gate(x)), lambda x: down(ours(x)), [joint])

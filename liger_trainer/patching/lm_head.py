@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels._tiles import _TILE_BYTES
 from . import class_swap
 from .counted_labels import count_labels
 from .deferred_logits import defer
 from .lazy_logits import settle
+from .memory import Trial
 from .options import Options
 from .recogniser import ClassSwap, Finding, Skip, apply_all
 
@@ -80,10 +82,12 @@ def _check(head: nn.Module, fused: bool) -> str | None:
     """Compare loss and gradients on small random tensors of the head's dtype and device with PyTorch's own."""
     assert isinstance(head.weight, Tensor)
     device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
-    generator = torch.Generator().manual_seed(0)
-    dtype = head.weight.dtype
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 24), (37, 24))]
-    labels = torch.randint(37, (7,), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    dtype, cpu = head.weight.dtype, torch.device("cpu")
+    tensors = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, device=cpu) for shape in ((7, 24), (37, 24))
+    ]
+    labels = torch.randint(37, (7,), generator=generator, device=cpu)
     labels[2] = -100
     results = []
     for deferred in (True, False):
@@ -167,6 +171,18 @@ class _HeadWithModels:
         return self.head.kernel
 
     @property
+    def checked(self) -> tuple[torch.dtype, ...]:
+        return self.head.checked
+
+    @property
+    def trial(self) -> Callable[[int, int], Trial | int] | None:
+        return self.head.trial
+
+    @property
+    def verify(self) -> Callable[[], str | None] | None:
+        return self.head.verify
+
+    @property
     def in_force(self) -> bool:
         return all(swap.in_force for swap in (self.head, *self.models))
 
@@ -178,6 +194,17 @@ class _HeadWithModels:
             swap.revert()
 
 
+def _logits_bytes(head: nn.Module, fused: bool, tile_bytes: int | None, batch: int, length: int) -> int:
+    """The bytes of logits that are not made: in the head's dtype, in fp32, and their log-softmax, less one tile."""
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    n_classes = int(getattr(weight, "ds_shape", weight.shape)[0])
+    logits = batch * length * n_classes
+    if not fused:
+        return 8 * logits
+    return max(logits * (weight.dtype.itemsize + 8) - (tile_bytes or _TILE_BYTES), 0)
+
+
 def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
     """Find heads whose logits go to a loss inside their model's forward."""
     if not (options.fused_linear_cross_entropy or options.cross_entropy):
@@ -187,13 +214,18 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
     kernel = "linear_cross_entropy" if fused else "cross_entropy"
     found: dict[str, tuple[ClassSwap, list[ClassSwap]]] = {}
     for path, module, head_path, head in _models_with_heads(model):
-        reason = _reason_against(module, head) or _check(head, fused)
+        reason = _reason_against(module, head)
+        if reason is None and options.check:
+            reason = _check(head, fused)
         if reason is not None:
             yield Skip(kind, head_path, type(head).__name__, reason)
             continue
         if head_path not in found:
             members = functools.partial(_head_members, fused, options.tile_bytes)
-            found[head_path] = ClassSwap(kind, head_path, kernel, head, members), []
+            checked = (head.weight.dtype,) if options.check else ()
+            trial = functools.partial(_logits_bytes, head, fused, options.tile_bytes)
+            verify = functools.partial(_check, head, fused)
+            found[head_path] = ClassSwap(kind, head_path, kernel, head, members, checked, trial, verify), []
         original = class_swap.stock_class(module).forward
         members = functools.partial(_model_members, original)
         found[head_path][1].append(ClassSwap(kind, path, kernel, module, members))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .class_swap import stock_class
 from .forwards import renamed_like, takes_one_input
 from .gated_activations import ACTIVATIONS, Activation
+from .memory import Trial
 from .options import Options
 from .probe import (
     Call,
@@ -30,6 +31,7 @@ from .probe import (
     difference,
     fingerprint,
     nearly_bitwise,
+    probe_dtypes,
     quiet,
     shadow,
     training_dtype,
@@ -99,13 +101,16 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
             continue
         key = fingerprint(module, frozenset(_projections(module)))
         if key not in known:
-            known[key] = _identify(module, candidates)
+            known[key] = _identify(module, candidates, options.check)
         found = known[key]
         stock = stock_class(module)
         if isinstance(found, str):
             yield Skip(KIND, path, stock.__name__, found)
         else:
-            yield ClassSwap(KIND, path, str(found[1]), module, functools.partial(_members, stock, *found))
+            members = functools.partial(_members, stock, *found)
+            checked = probe_dtypes(_parameters(module)) if options.check else ()
+            trial, verify = (functools.partial(each, module, *found) for each in (_trial, _verify))
+            yield ClassSwap(KIND, path, str(found[1]), module, members, checked, trial, verify)
 
 
 def _projections(module: nn.Module) -> dict[str, Any]:
@@ -133,7 +138,11 @@ def _possible_roles(module: nn.Module) -> list[Roles]:
     return found
 
 
-def _identify(module: nn.Module, candidates: list[Roles]) -> tuple[Roles, Activation] | str:
+def _parameters(module: nn.Module) -> list[Tensor]:
+    return [p for child in _projections(module).values() for p in child.parameters()]
+
+
+def _identify(module: nn.Module, candidates: list[Roles], check: bool) -> tuple[Roles, Activation] | str:
     projections = _projections(module)
     if "forward" in vars(module):
         return "its forward is set on the instance, as device hooks and kernelize do"
@@ -145,13 +154,13 @@ def _identify(module: nn.Module, candidates: list[Roles]) -> tuple[Roles, Activa
         if any(True for _ in child.parameters()):
             return f"has a child with parameters ({name}: {type(child).__name__})"
     candidates += [replace(roles, dropout=name) for name in _dropouts(module) for roles in candidates]
-    parameters = [p for child in projections.values() for p in child.parameters()]
+    parameters = _parameters(module)
     with quiet(compute_device(parameters)):
         found = _match(module, candidates)
         if isinstance(found, str):
             return found
         # The two forms of GELU are all but equal in bf16; in fp32 one of them is wrong.
-        dtypes = dict.fromkeys([training_dtype(parameters), torch.bfloat16, torch.float32])
+        dtypes = probe_dtypes(parameters) if check else (torch.float32,)
         reasons = []
         for roles, activation in found:
             reason = next(filter(None, (_disagreement(module, roles, activation, dtype) for dtype in dtypes)), None)
@@ -168,7 +177,7 @@ def _dropouts(module: nn.Module) -> list[str]:
 def _probe(module: nn.Module, roles: Roles, dtype: torch.dtype) -> tuple[Any, Tensor]:
     """module with random projections of dtype, and an input for it."""
     projections = _projections(module)
-    noise = Noise(compute_device([p for child in projections.values() for p in child.parameters()]))
+    noise = Noise(compute_device(_parameters(module)))
     mlp = shadow(
         module,
         {
@@ -202,6 +211,13 @@ def _match(module: nn.Module, candidates: list[Roles]) -> list[tuple[Roles, Acti
     return found or "computes something else than down(silu or gelu(gate(x)) * up(x)), which shows in bfloat16"
 
 
+def _verify(module: nn.Module, roles: Roles, activation: Activation) -> str | None:
+    parameters = _parameters(module)
+    with quiet(compute_device(parameters)):
+        each = (_disagreement(module, roles, activation, dtype) for dtype in probe_dtypes(parameters))
+        return next(filter(None, each), None)
+
+
 def _disagreement(module: nn.Module, roles: Roles, activation: Activation, dtype: torch.dtype) -> str | None:
     where = f"in {dtype}".replace("torch.", "")
     mlp, x = _probe(module, roles, dtype)
@@ -224,3 +240,18 @@ def _forward(roles: Roles, activation: Activation) -> Callable[[Any, Tensor], Te
 @functools.cache
 def _members(stock: Any, roles: Roles, activation: Activation) -> dict[str, Any]:
     return {"forward": renamed_like(_forward(roles, activation), stock.forward)}
+
+
+def _trial(module: nn.Module, roles: Roles, activation: Activation, batch: int, length: int) -> Trial:
+    projections = _projections(module)
+    dtype = training_dtype(_parameters(module))
+    mlp = shadow(
+        module,
+        {
+            name: nn.Linear(child.in_features, child.out_features, bias=False, device="meta", dtype=dtype)
+            for name, child in projections.items()
+        },
+    )
+    size = projections[roles.gate].in_features
+    x = torch.empty(batch, length, size, dtype=dtype, device="meta", requires_grad=True)
+    return Trial(mlp.forward, functools.partial(_forward(roles, activation), mlp), [x])

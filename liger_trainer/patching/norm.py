@@ -32,8 +32,20 @@ from torch import Tensor, nn
 from .. import kernels
 from .class_swap import stock_class
 from .forwards import renamed_like, takes_one_input
+from .memory import Trial, on_meta
 from .options import Options
-from .probe import Call, Noise, compute_device, difference, fingerprint, nearly_bitwise, quiet, shadow, training_dtype
+from .probe import (
+    Call,
+    Noise,
+    compute_device,
+    difference,
+    fingerprint,
+    nearly_bitwise,
+    probe_dtypes,
+    quiet,
+    shadow,
+    training_dtype,
+)
 from .recogniser import ClassSwap, Finding, Skip
 
 __all__ = ["recognise"]
@@ -131,14 +143,17 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
             continue
         key = fingerprint(module)
         if key not in known:
-            known[key] = _identify(module)
+            known[key] = _identify(module, options.check)
         found = known[key]
         name = stock_class(module).__name__
         if isinstance(found, Recognised):
             kind = found.formula.kind
             if getattr(options, kind):
                 members = functools.partial(_members, stock_class(module), found)
-                yield ClassSwap(kind, path, str(found.formula), module, members)
+                checked = probe_dtypes(list(module.parameters(recurse=False))) if options.check else ()
+                trial = functools.partial(_trial, model, path, module, found)
+                verify = functools.partial(_verify, module, found)
+                yield ClassSwap(kind, path, str(found.formula), module, members, checked, trial, verify)
         elif found is not None:
             kind = "layer_norm" if "layernorm" in name.lower() and "bias" in module._parameters else "rms_norm"
             if getattr(options, kind):
@@ -183,8 +198,11 @@ def _eps_candidates(module: nn.Module) -> list[Eps]:
     return attributes + [Eps(None, constant) for constant in sorted(constants)]
 
 
-def _identify(module: nn.Module) -> Recognised | str | None:
-    """How module normalises; else why it is left alone; None where nothing says that it is a norm."""
+def _identify(module: nn.Module, check: bool) -> Recognised | str | None:
+    """How module normalises; else why it is left alone; None where nothing says that it is a norm.
+
+    Without check, the stock forward keeps the calls that could show a difference: of mixed dtypes, and under autocast.
+    """
     looks_like_one = "norm" in stock_class(module).__name__.lower()
     if "forward" in vars(module):
         return "its forward is set on the instance, as device hooks and kernelize do" if looks_like_one else None
@@ -193,6 +211,8 @@ def _identify(module: nn.Module) -> Recognised | str | None:
         found = _match(module)
         if isinstance(found, str):
             return found if looks_like_one else None
+        if not check:
+            return replace(found[0], not_mixed=found[0].weighted, not_autocast=True)
         checked = [_checked(module, candidate) for candidate in found]
     # Several formulas may agree outside of autocast: the best is the one whose kernel serves in most cases.
     usable = [candidate for candidate in checked if isinstance(candidate, Recognised)]
@@ -264,8 +284,7 @@ def _match(module: nn.Module) -> list[Recognised] | str:
 def _checked(module: nn.Module, found: Recognised) -> Recognised | str:
     """found, with the cases in which the kernel must not serve; or the reason for which it never may."""
     parameters = list(module.parameters(recurse=False))
-    trained = training_dtype(parameters)
-    pure = [(dtype, dtype) for dtype in dict.fromkeys([trained, torch.bfloat16, torch.float32])]
+    pure = [(dtype, dtype) for dtype in probe_dtypes(parameters)]
     rules = [found.eps]
     if found.eps.attribute is not None and getattr(module, found.eps.attribute) is None:
         rules.append(replace(found.eps, computed_in_float=True))
@@ -283,6 +302,13 @@ def _checked(module: nn.Module, found: Recognised) -> Recognised | str:
     by_hand = found.formula.kind == "layer_norm" and not _names(module, "layer_norm")
     not_autocast = by_hand or any(_disagreement(module, candidate, *dtypes, autocast=True) for dtypes in autocast)
     return replace(candidate, not_mixed=not_mixed, not_autocast=not_autocast)
+
+
+def _verify(module: nn.Module, found: Recognised) -> str | None:
+    parameters = list(module.parameters(recurse=False))
+    with quiet(compute_device(parameters)):
+        each = (_disagreement(module, found, dtype, dtype) for dtype in probe_dtypes(parameters))
+        return next(filter(None, each), None)
 
 
 def _disagreement(
@@ -354,3 +380,24 @@ def _members(stock: Any, found: Recognised) -> dict[str, Any]:
         return serve(self, x)
 
     return {"forward": renamed_like(forward, original)}
+
+
+def _trial(model: nn.Module, path: str, module: nn.Module, found: Recognised, batch: int, length: int) -> Trial:
+    parameters = dict(module.named_parameters(recurse=False))
+    size = _size(module, parameters)
+    norm = on_meta(shadow(module), module)
+    x = torch.empty(
+        batch, length, _vectors_a_token(model, path, size), size, dtype=training_dtype([*parameters.values()]),
+        device="meta", requires_grad=True,
+    )  # fmt: skip
+    return Trial(norm.forward, functools.partial(_forward(found), norm), [x])
+
+
+def _vectors_a_token(model: nn.Module, path: str, size: int) -> int:
+    """How many vectors of size a token has: the heads, for a norm of queries or keys, else one."""
+    parent_path, _, name = path.rpartition(".")
+    for child_name, child in model.get_submodule(parent_path).named_children():
+        width = getattr(child, "out_features", None)
+        if child_name[:2] == name[:2] and name[:2] in ("q_", "k_") and isinstance(width, int) and width % size == 0:
+            return width // size
+    return 1

@@ -21,6 +21,8 @@ class Options:
         cross_entropy: the loss on materialised logits. Excludes ``fused_linear_cross_entropy``.
         fused_linear_cross_entropy: LM head and loss as one op, which keeps no logits.
         tile_bytes: size in bytes of the largest logits tile of the fused head; None lets the kernel choose.
+        check: run every kernel beside the part that it replaces, output and gradients, before replacing it. Without,
+            what a part computes is still found out by running it, and the kernel is trusted.
     """
 
     rope: bool = True
@@ -31,6 +33,7 @@ class Options:
     cross_entropy: bool = False
     fused_linear_cross_entropy: bool = True
     tile_bytes: int | None = None
+    check: bool = True
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> Self:

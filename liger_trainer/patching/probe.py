@@ -26,6 +26,7 @@ __all__ = [
     "difference",
     "fingerprint",
     "nearly_bitwise",
+    "probe_dtypes",
     "quiet",
     "shadow",
     "training_dtype",
@@ -81,6 +82,11 @@ def training_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.bfloat16
 
 
+def probe_dtypes(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    """The dtypes in which a part with these parameters is compared: its own, one that rounds much, one that doesn't."""
+    return tuple(dict.fromkeys([training_dtype(tensors), torch.bfloat16, torch.float32]))
+
+
 @contextmanager
 def quiet(device: torch.device) -> Iterator[None]:
     """Gradients on, autocast off, warnings silent, and the global random state restored afterwards."""
@@ -90,6 +96,7 @@ def quiet(device: torch.device) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        torch.device(device),  # a model that is made without weights is made under torch.device("meta")
         warnings.catch_warnings(action="ignore"),
     ):
         yield

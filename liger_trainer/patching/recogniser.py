@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from . import class_swap
+from .memory import Trial
 from .options import Options
 
 __all__ = ["ClassSwap", "Finding", "Options", "Recogniser", "Replacement", "Skip", "apply_all"]
@@ -45,6 +47,9 @@ class Replacement(Protocol):
         path: its name in ``model.named_modules()``; empty for the model itself. At most one replacement per path.
         class_name: the class of the original.
         kernel: what serves instead, in words, as ``"swiglu"``.
+        checked: the dtypes in which the kernel was compared with the original; none where it was not.
+        trial: what shows the memory that is saved, for a batch size and a length; or None.
+        verify: compares them again, on the device where the part is by then; returns how they differ, or None.
     """
 
     @property
@@ -55,6 +60,12 @@ class Replacement(Protocol):
     def class_name(self) -> str: ...
     @property
     def kernel(self) -> str: ...
+    @property
+    def checked(self) -> tuple[torch.dtype, ...]: ...
+    @property
+    def trial(self) -> Callable[[int, int], Trial | int] | None: ...
+    @property
+    def verify(self) -> Callable[[], str | None] | None: ...
     @property
     def in_force(self) -> bool:
         """Whether it is applied now."""
@@ -94,6 +105,10 @@ class ClassSwap:
         module: the part.
         make_members: returns the members of the subclass by name; called by ``apply``. Equal formulas must give
             identical objects (cache the factory), since a subclass is shared by all modules with equal members.
+        checked: the dtypes in which the kernel was compared with the original.
+        verify: compares kernel and original again, where the part is by then, and says how they differ if they do.
+        trial: makes, for a batch size and a length, what shows the memory that the replacement saves; see
+            :class:`liger_trainer.patching.memory.Trial`.
     """
 
     kind: str
@@ -101,6 +116,9 @@ class ClassSwap:
     kernel: str
     module: nn.Module = field(repr=False)
     make_members: Callable[[], dict[str, Any]] = field(repr=False)
+    checked: tuple[torch.dtype, ...] = ()
+    trial: Callable[[int, int], Trial | int] | None = field(default=None, repr=False)
+    verify: Callable[[], str | None] | None = field(default=None, repr=False)
 
     @property
     def class_name(self) -> str:

@@ -19,11 +19,13 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .class_swap import stock_class
+from .memory import Trial
 from .options import Options
-from .probe import compute_device, training_dtype
+from .probe import compute_device, probe_dtypes, training_dtype
 from .recogniser import ClassSwap, Finding, Skip
 from .rotary_formulas import ComplexRotation, Rotation, bind, identify, signature_of, takes_heads_and_tables
 
@@ -66,9 +68,24 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
                 reasons[name] = reason
         if bindings:
             kernel = " or ".join(dict.fromkeys(str(found) for *_, found in bindings))
-            yield ClassSwap(KIND, path, kernel, module, functools.partial(_members, undecorated, tuple(bindings)))
+            members = functools.partial(_members, undecorated, tuple(bindings))
+            checked = probe_dtypes(list(module.parameters()))
+            trial = functools.partial(_trial, module, *bindings[0])
+            verify = functools.partial(_verify, module, tuple(bindings))
+            yield ClassSwap(KIND, path, kernel, module, members, checked, trial, verify)
         for name, reason in reasons.items():
             yield Skip(KIND, path, stock.__name__, f"{name}: {reason}")
+
+
+def _verify(module: nn.Module, bindings: tuple[tuple[str, Any, Rotation | ComplexRotation], ...]) -> str | None:
+    parameters = list(module.parameters())
+    for name, function, rotation in bindings:
+        signature = signature_of(function)
+        assert signature is not None
+        found = identify(function, signature, compute_device(parameters), training_dtype(parameters), _head_dim(module))
+        if found != rotation:
+            return f"{name}: {found} expected, got {rotation}"
+    return None
 
 
 def _called_globals(forward: types.FunctionType) -> list[tuple[str, Any]]:
@@ -122,3 +139,24 @@ def _with_globals(forward: types.FunctionType, new_names: tuple[tuple[str, str],
     functools.update_wrapper(copied, forward)
     del vars(copied)["__wrapped__"]  # a decorator's mark, by which others would unwrap to the original
     return copied
+
+
+def _trial(
+    module: nn.Module, name: str, function: Any, rotation: Rotation | ComplexRotation, batch: int, length: int
+) -> Trial | int:
+    config, head_dim = getattr(module, "config", None), _head_dim(module)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return 0
+    of_keys = getattr(config, "num_key_value_heads", None)
+    dtype = training_dtype(list(module.parameters()))
+    q, k = (
+        torch.empty(batch, length, count, head_dim, dtype=dtype, device="meta").transpose(1, 3 - rotation.unsqueeze_dim)
+        for count in (heads, of_keys if isinstance(of_keys, int) else heads)
+    )
+    if isinstance(rotation, ComplexRotation):
+        tables = [torch.empty(1, length, head_dim // 2, dtype=torch.complex64, device="meta")]
+    else:
+        width = head_dim // 2 if rotation.tables == "pairs" else head_dim
+        tables = [torch.empty(1, length, width, dtype=dtype, device="meta") for _ in range(2)]
+    return Trial(function, bind(function, rotation), [q.requires_grad_(), k.requires_grad_(), *tables])

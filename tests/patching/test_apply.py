@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+import io
 import itertools
 import json
 
 import pytest
+import rich.console
 import torch
 from torch import nn
 
@@ -43,9 +46,14 @@ def test_wrong_options(tiny, options, error, message):
 
 @pytest.mark.parametrize("model", [None, "meta-llama/Llama-3.2-1B", torch.ones(1), nn.Linear])
 def test_not_a_module(model):
-    for function in (apply_liger_kernel, plan, revert, is_patched):
+    for function in (apply_liger_kernel, plan, is_patched):
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
             function(model)
+    error, message = TypeError, r"model must be a torch\.nn\.Module, got"
+    if isinstance(model, str):  # a model type can be reverted
+        error, message = ValueError, "model type must be one that transformers has, got 'meta-llama"
+    with pytest.raises(error, match=message):
+        revert(model)
 
 
 def test_nothing_to_replace():
@@ -168,8 +176,8 @@ def test_two_recognisers_do_not_replace_one_module(tiny, monkeypatch):
 class TestReport:
     report = Report(
         (
-            Replaced("rms_norm", "a", "LlamaRMSNorm", "rms_norm(llama)"),
-            Replaced("rms_norm", "b", "LlamaRMSNorm", "rms_norm(llama)"),
+            Replaced("rms_norm", "a", "LlamaRMSNorm", "rms_norm(llama)", ("float32",)),
+            Replaced("rms_norm", "b", "LlamaRMSNorm", "rms_norm(llama)", ("float32",)),
             Replaced("mlp", "c", "LlamaMLP", "swiglu"),
         ),
         (LeftAlone("mlp", "d", "BitNetMLP", "computes something else"),),
@@ -181,20 +189,42 @@ class TestReport:
         assert Report().line() == "liger_trainer replaced nothing"
 
     def test_table(self):
-        lines = str(self.report).splitlines()
-        assert len(lines) == 4
-        assert lines[1].split() == ["rms_norm", "LlamaRMSNorm", "2", "replaced", "by", "rms_norm(llama)"]
-        assert lines[3].endswith("left alone: computes something else")
-        assert (
-            len(
-                {line.index(word) for line, word in zip(lines, ["result", "replaced", "replaced", "left"], strict=True)}
-            )
-            == 1
-        )
+        header, norms, mlp, left = str(self.report).splitlines()
+        assert header.split("  ")[0] == "part"
+        assert norms.split() == ["rms_norm", "LlamaRMSNorm", "2", "RMS", "norm", "(llama)", "rms_norm", "float32"]
+        assert mlp.split() == ["mlp", "LlamaMLP", "1", "silu(gate)", "*", "up", "swiglu", "no"]
+        assert left.endswith("left alone: computes something else")
+        starts = zip((header, norms, mlp, left), ("recognised", "RMS norm", "silu", "left"), strict=True)
+        assert len({line.index(word) for line, word in starts}) == 1
+        assert "saves" not in str(self.report)
+
+    def test_memory(self):
+        saves = [dataclasses.replace(entry, saves=10**8) for entry in self.report.replaced]
+        report = Report(tuple(saves), self.report.skipped, batch=3, length=17)
+        assert report.saves == 3 * 10**8
+        assert report == self.report  # what is saved is no part of what is done
+        lines = str(report).splitlines()
+        assert lines[0].endswith("saves at 3 x 17")
+        assert lines[1].endswith("200 MB")
+        assert lines[-1].split() == ["together", "300", "MB"]
+
+    def test_in_a_terminal(self):
+        console = rich.console.Console(file=io.StringIO(), width=160)
+        console.print(self.report)
+        text = console.file.getvalue()
+        assert "RMS norm (llama)" in text
+        assert "left alone: computes something else" in text
 
     def test_json(self):
         loaded = json.loads(json.dumps(self.report.as_dict()))
-        assert loaded["replaced"][2] == {"kind": "mlp", "path": "c", "class_name": "LlamaMLP", "kernel": "swiglu"}
+        assert loaded["replaced"][2] == {
+            "kind": "mlp",
+            "path": "c",
+            "class_name": "LlamaMLP",
+            "kernel": "swiglu",
+            "checked": [],
+            "saves": None,
+        }
         assert loaded["skipped"][0]["reason"] == "computes something else"
 
 
