@@ -14,6 +14,7 @@ traverse and rebuild with its type.
 from __future__ import annotations
 
 import operator
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -297,11 +298,13 @@ class DeferredLogits(_Fields):
         return self.cell.value
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        _announce(self, "an assignment to some of them")
         self.materialize()[index] = value
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        _announce(self, name)
         return getattr(self.materialize(), name)
 
     def __repr__(self) -> str:
@@ -319,11 +322,29 @@ class DeferredLogits(_Fields):
             result = recorder(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, DeferredLogits):
+                _announce(each, getattr(func, "__name__", repr(func)))
         return func(*_materialized(args), **_materialized(kwargs))
+
+
+_ANNOUNCED: set[str] = set()
+
+
+def _announce(logits: DeferredLogits, operation: str) -> None:
+    """Warn, once an operation, that a model uses its logits in a way that needs their values before the loss."""
+    pending = logits.cell.value is None and logits.head is not None and logits.head.weight is not None
+    if pending and not torch.compiler.is_compiling() and operation not in _ANNOUNCED:
+        _ANNOUNCED.add(operation)
+        warnings.warn(
+            f"the logits are built, as without liger_trainer: the fused loss knows no {operation} of logits",
+            stacklevel=4,
+        )
 
 
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
     def materialize_and_apply(self: DeferredLogits, *others: Any) -> Any:
+        _announce(self, function.__name__)
         return function(self.materialize(), *_materialized(others))
 
     return materialize_and_apply

@@ -20,7 +20,7 @@ from liger_trainer.patching import apply_liger_kernel, deferred_logits, is_patch
 from .configs import tiny_config
 from .inputs import image_batch, text_batch
 
-__all__ = ["TASKS", "Result", "build", "examine", "model_types"]
+__all__ = ["TASKS", "Result", "build", "compare", "error", "examine", "model_types"]
 
 # Task -> (the mapping of types, the class that builds a model).
 TASKS = {
@@ -164,7 +164,7 @@ def examine(task: str, model_type: str) -> Result:
         result.outcome, result.reason = "not built", _words(exception)
         return result
     try:
-        _compare(model, batches, result)
+        compare(model, batches, result)
     except Exception as exception:
         result.outcome, result.reason = "wrong", _words(exception)
     result.seconds = round(time.perf_counter() - started, 2)
@@ -219,7 +219,7 @@ class _Reference:
 COUNT = {"num_items_in_batch": 11}
 
 
-def _compare(model: nn.Module, batches: dict[str, dict[str, Any]], result: Result) -> None:
+def compare(model: nn.Module, batches: dict[str, dict[str, Any]], result: Result) -> None:
     classes = [type(module) for module in model.modules()]
     references = {name: _Reference.of(model, batch) for name, batch in batches.items()}
     state = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}

@@ -140,8 +140,9 @@ def _features(model: nn.Module, pixels: dict[str, Any]) -> int | None:
         function = getattr(owner, "get_image_features", None)
         if callable(function):
             accepted = inspect.signature(function).parameters
+            offered = {"qformer_input_ids": _tokens(6), **pixels}
             with torch.no_grad():
-                return _count(function(**{k: v for k, v in pixels.items() if k in accepted}))
+                return _count(function(**{k: v for k, v in offered.items() if k in accepted}))
     return None
 
 
@@ -165,18 +166,17 @@ def _texts(model: nn.Module, pixels: dict[str, Any], features: int | None) -> It
         kinds = (ids == (HIGHEST_TEXT_TOKEN if token is None else token)).long()
         options: dict[str, Any] = {}
         for name in ("token_type_ids", "mm_token_type_ids", "image_embeds_position_mask", "image_sizes_mask"):
-            if name in takes:
+            if name in takes or (name == "mm_token_type_ids" and "kwargs" in takes):
                 options[name] = kinds
         if "qformer_input_ids" in takes:
             options["qformer_input_ids"] = _tokens(6)
-        if "aspect_ratio_ids" in takes:
+        if "aspect_ratio_ids" in takes and pixels.get("pixel_values", ids).dim() == 4:
+            tiles, image = model.config.vision_config.max_num_tiles, pixels["pixel_values"]
             options |= {
                 "aspect_ratio_ids": torch.ones(ROWS, 1, dtype=torch.long),
-                "aspect_ratio_mask": torch.ones(ROWS, 1, 1, dtype=torch.long),
-                "cross_attention_mask": torch.ones(ROWS, ids.shape[1], 1, 1, dtype=torch.long),
-                "pixel_values": pixels["pixel_values"].reshape(ROWS, 1, 1, *pixels["pixel_values"].shape[-3:])
-                if "pixel_values" in pixels and pixels["pixel_values"].dim() == 4
-                else pixels.get("pixel_values"),
+                "aspect_ratio_mask": torch.ones(ROWS, 1, tiles, dtype=torch.long),
+                "cross_attention_mask": torch.ones(ROWS, ids.shape[1], 1, tiles, dtype=torch.long),
+                "pixel_values": image[:, None, None].expand(ROWS, 1, tiles, *image.shape[1:]).contiguous(),
             }
         if "image_attention_mask" in takes:
             options["image_attention_mask"] = torch.ones(ROWS, ids.shape[1], 1, dtype=torch.long)

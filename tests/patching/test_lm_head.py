@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -408,3 +409,29 @@ def test_patched_before_peft_wraps_it(tiny):
         torch.manual_seed(3)
         theirs = peft.get_peft_model(copy.deepcopy(reference), config)
         assert_same(ours, theirs, batch())
+
+
+def test_an_operation_that_needs_the_values_is_named_once(tiny, monkeypatch):
+    monkeypatch.setattr("liger_trainer.patching.deferred_logits._ANNOUNCED", set())
+    reference = tiny("Llama")
+    original = type(reference).loss_function.fget
+
+    def sigmoid_first(self):
+        loss = original(self)
+        return lambda logits, **kwargs: loss(logits=torch.sigmoid(logits), **kwargs)
+
+    monkeypatch.setattr(type(reference), "loss_function", property(sigmoid_first))
+    model = copy.deepcopy(reference)
+    patch(model)
+    with pytest.warns(UserWarning, match="the fused loss knows no sigmoid of logits"):
+        assert_same(model, reference, batch())
+    with warnings.catch_warnings(action="error"):
+        run(model, batch())
+
+
+def test_logits_that_are_read_after_the_loss_are_no_reason_to_warn(tiny):
+    model = tiny("Llama")
+    patch(model)
+    outputs, _ = run(model, batch())
+    with warnings.catch_warnings(action="error"):
+        assert torch.sigmoid(outputs.logits).shape == outputs.logits.shape

@@ -1,0 +1,110 @@
+"""A share of the census, another one each week; ``python -m tests.census`` runs it all."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+import torch
+
+from liger_trainer import apply_liger_kernel, kernels
+from tests.census.examine import TASKS, build, error, examine, model_types
+from tests.census.table import LIGER_KERNEL, markdown, summary
+
+# What users train most, and one of each way in which models differ.
+ALWAYS = {
+    "causal": [
+        "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "glm4",
+        "mixtral", "gpt_oss", "llama4_text", "deepseek_v2", "deepseek_v3", "cohere2", "bamba", "gpt2", "xlm",
+    ],
+    "vision": [
+        "llama4", "gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "llava",
+        "idefics3", "mllama", "kosmos-2.5", "nemotron_h_omni",
+    ],
+}  # fmt: skip
+ROTATING = {"causal": 40, "vision": 12}
+
+# The types that do not pass, with a piece of the reason that the census gives.
+KNOWN = {
+    ("causal", "gemma3n"): "timm",
+    ("causal", "gemma4_assistant"): "hidden_size_per_layer_input",
+    ("causal", "gemma4_unified_assistant"): "layer types producing a cache",
+    ("causal", "musicgen"): "the fused head did not run",
+    ("causal", "musicgen_melody"): "the fused head did not run",
+    ("causal", "prophetnet"): "the fused head did not run",
+    ("vision", "chameleon"): "the fused head did not run",
+    ("vision", "idefics"): "the fused head did not run",
+}
+
+
+def share() -> list[tuple[str, str]]:
+    week = datetime.date.today().isocalendar()[1]
+    chosen = []
+    for task, always in ALWAYS.items():
+        types = model_types(task)
+        others = [name for name in types if name not in always and (task, name) not in KNOWN]
+        start = week * ROTATING[task] % len(others)
+        rotating = [*others, *others][start : start + ROTATING[task]]
+        chosen += [(task, name) for name in dict.fromkeys([*always, *rotating]) if name in types]
+    return chosen
+
+
+@pytest.mark.parametrize(("task", "model_type"), share())
+def test_share(task, model_type):
+    result = examine(task, model_type)
+    if result.outcome == "not built" and model_type not in ALWAYS[task]:
+        pytest.skip(result.reason)
+    assert result.outcome == "passed", f"{result.reason}; {result.errors}"
+
+
+@pytest.mark.parametrize(("known", "reason"), KNOWN.items(), ids=str)
+def test_what_does_not_pass_is_right_all_the_same(known, reason):
+    result = examine(*known)
+    assert result.outcome in ("not built", "not replaced")
+    assert reason in result.reason
+
+
+def test_what_liger_kernel_patches_is_known_to_transformers():
+    known = {name for task in TASKS for name in model_types(task)}
+    assert set(LIGER_KERNEL.values()) <= known
+
+
+class TestTheCensusItself:
+    """A census that finds nothing is worth as much as what it would find."""
+
+    @pytest.mark.parametrize(
+        ("kernel", "wrong"),
+        [
+            ("rms_norm", lambda x, weight, eps, **options: (x - x.mean(-1, keepdim=True)) * weight),
+            ("swiglu", lambda gate, up: torch.sigmoid(gate) * up),
+            ("rotary", lambda q, k, cos, sin, **options: (q * 1.001, k)),
+        ],
+    )
+    def test_a_kernel_that_went_wrong_after_its_check_is_found(self, monkeypatch, kernel, wrong):
+        def apply_and_break(model):
+            report = apply_liger_kernel(model)
+            monkeypatch.setattr(kernels, kernel, wrong)
+            return report
+
+        monkeypatch.setattr("tests.census.examine.apply_liger_kernel", apply_and_break)
+        result = examine("causal", "llama")
+        assert result.outcome == "wrong"
+        assert "differs by" in result.reason
+
+    def test_a_tiny_difference_is_found(self):
+        model = build("causal", "llama")
+        exact = {name: p.detach().clone() for name, p in model.named_parameters()} | {"loss": torch.tensor(1.0)}
+        off = {**exact, "model.norm.weight": exact["model.norm.weight"] * (1 + 3e-5)}
+        assert error(exact, exact) == 0
+        assert error(off, exact) > 1e-5
+        assert error({**exact, "loss": torch.tensor(float("nan"))}, exact) == float("inf")
+        assert error({"loss": exact["loss"]}, exact) == float("inf")
+
+    def test_the_page(self):
+        results = [examine("causal", "llama").as_dict(), examine("causal", "gpt_oss").as_dict()]
+        page = markdown(results, {"torch": "1"})
+        assert "| llama | replaced (5) | – | replaced (2) | replaced (2) | – | replaced | text |" in page
+        assert "| gpt_oss | replaced (5) | – | replaced (2) | – | left alone [1] | replaced | text |" in page
+        assert "1. `GptOssExperts`: its _apply_gate computes something else" in page
+        assert "| mistral | mistral | not passed |" in page
+        assert summary(results)["outcomes"] == {"causal": {"passed": 2}}
