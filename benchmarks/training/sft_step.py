@@ -64,15 +64,21 @@ def build(shape: str, provider: str, device: torch.device) -> torch.nn.Module:
     return torch.compile(model) if provider.endswith("-compile") else model
 
 
-def measure(shape: str, provider: str, batch: int, length: int, warmup: int, steps: int) -> dict[str, Any]:
-    accelerator = torch.accelerator.is_available()
-    device = torch.accelerator.current_accelerator() if accelerator else torch.device("cpu")
+def measure(shape: str, provider: str, *settings: int) -> dict[str, Any]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
+    return {"provider": provider} | measure_model(build(shape, provider, device), device, *settings)
+
+
+def measure_model(
+    model: torch.nn.Module, device: torch.device, batch: int, length: int, warmup: int, steps: int
+) -> dict[str, Any]:
+    """Time training steps of model on random tokens: the median of the steps after the warmup, and the peak memory."""
+    accelerator = device.type != "cpu"
     module = torch.get_device_module(device)
-    model = build(shape, provider, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator(device).manual_seed(1)
-    ids = torch.randint(SHAPES[shape]["vocab_size"], (batch, length), device=device, generator=generator)
+    ids = torch.randint(model.config.vocab_size, (batch, length), device=device, generator=generator)
     times, losses = [], []
     for step in range(warmup + steps):
         if accelerator:
@@ -90,7 +96,6 @@ def measure(shape: str, provider: str, batch: int, length: int, warmup: int, ste
         losses.append(float(loss.detach()))
     seconds = statistics.median(times[warmup:])
     return {
-        "provider": provider,
         "seconds_per_step": seconds,
         "seconds_min_max": [min(times[warmup:]), max(times[warmup:])],
         "tokens_per_second": batch * length / seconds,
