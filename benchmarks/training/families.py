@@ -1,6 +1,8 @@
 """Tokens per second and peak memory of a training step of eight families at about 1B, under each provider.
 
     python benchmarks/training/families.py --results benchmarks/results/families.json
+    python benchmarks/training/families.py --families llama qwen3 gemma3_text --providers hf-compile ours-compile \\
+        --seconds 180 --results benchmarks/results/families_compiled.json
 
 Every family has the layer sizes of a real model of about a billion parameters, random weights in bf16, AdamW (fused)
 with its state in bf16, and nothing is recomputed. Each run has a process of its own. ``--seconds`` bounds it: what
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from sft_step import measure_model, versions
 
-PROVIDERS = ("hf", "liger-kernel", "ours")
+PROVIDERS = ("hf", "liger-kernel", "ours", "hf-compile", "ours-compile")
 
 # Fields of the config, by model type. Layers are those of the real model, fewer where it is much larger than 1B, so
 # that a step of the untouched model fits into 80 GB.
@@ -88,11 +90,11 @@ def build(family: str, provider: str, tiny: bool, device: torch.device) -> torch
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.train()
-    if provider == "ours":
+    if provider.startswith("ours"):
         import liger_trainer
 
         print(liger_trainer.apply_liger_kernel(model).line(), file=sys.stderr)
-    return model
+    return torch.compile(model) if provider.endswith("-compile") else model
 
 
 def run(options: argparse.Namespace, family: str, provider: str) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def table(rows: list[dict[str, Any]], providers: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS[:3]))
     parser.add_argument("--shape", choices=("1b", "tiny"), default="1b")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -145,6 +145,10 @@ def plan(model: nn.Module, *, batch: int | None = None, length: int | None = Non
     return _decide(model, parsed, None if batch is None or length is None else (batch, length))[1]
 
 
+@overload
+def revert(model: nn.Module) -> nn.Module: ...
+@overload
+def revert(model: str) -> None: ...
 def revert(model: nn.Module | str) -> nn.Module | None:
     """Undo :func:`apply_liger_kernel` in model and in everything inside it, and return model.
 
@@ -213,12 +217,17 @@ def _decide(
             else:
                 claimed[found.path] = found.kind
                 replacements.append(found)
-    return replacements, Report(tuple(_entry(each, step) for each in replacements), tuple(skipped), *(step or ()))
-
-
-def _entry(replacement: Replacement, step: tuple[int, int] | None) -> Replaced:
-    saves = None
-    if step is not None and replacement.trial is not None:
-        saves = bytes_saved(replacement.trial(*step))
-    checked = dtype_names(replacement.checked)
-    return Replaced(replacement.kind, replacement.path, replacement.class_name, replacement.kernel, checked, saves)
+    saved: dict[Any, int] = {}
+    entries = []
+    for each in replacements:
+        saves = None
+        if step is not None and each.trial is not None:
+            # Of equal parts, of which a mixture may have thousands, one is tried. (A norm's name says of what.)
+            shapes = tuple(parameter.shape for parameter in model.get_submodule(each.path).parameters())
+            key = (each.kind, each.class_name, each.kernel, each.path.rpartition(".")[2], shapes)
+            if key not in saved:
+                saved[key] = bytes_saved(each.trial(*step))
+            saves = saved[key]
+        checked = dtype_names(each.checked)
+        entries.append(Replaced(each.kind, each.path, each.class_name, each.kernel, checked, saves))
+    return replacements, Report(tuple(entries), tuple(skipped), *(step or ()))

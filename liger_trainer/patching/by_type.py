@@ -62,7 +62,7 @@ def apply_to(name: str) -> Callable[..., Any]:
                 if options.setdefault(option, value) != value:
                     raise ValueError(f"{synonym}={value!r} and {option}={options[option]!r} contradict each other")
         if model is None:
-            _register(model_type, Options.parse(options), options)
+            _register(model_type, options)
             return None
         _check_type(model, model_type)
         return apply_liger_kernel(model, **options)
@@ -79,7 +79,8 @@ def apply_to(name: str) -> Callable[..., Any]:
         The report of :func:`liger_trainer.apply_liger_kernel`; None where a type was registered.
 
     Raises:
-        TypeError, ValueError: as :func:`liger_trainer.apply_liger_kernel`; model is of another type.
+        TypeError, ValueError: as :func:`liger_trainer.apply_liger_kernel`; model is of another type, or the type has no
+            model class.
     """
     return apply_liger_kernel_to
 
@@ -129,10 +130,17 @@ def unregister(model_type: str) -> None:
         restore()
 
 
-def _register(model_type: str, parsed: Options, options: dict[str, Any]) -> None:
+def _register(model_type: str, options: dict[str, Any]) -> None:
+    Options.parse(options)
     unregister(model_type)
     registration = _Registration(options)
-    for model_class in _classes(model_type):
+    classes = list(_classes(model_type))
+    if not classes:
+        raise ValueError(
+            f"transformers has no model class for {model_type!r} of its own; models that are loaded under this name "
+            "are of another type, which can be registered, or can be patched once they exist"
+        )
+    for model_class in classes:
         registration.restore.append(_patch_after_init(model_class, registration))
     _registrations[model_type] = registration
 

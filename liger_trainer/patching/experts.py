@@ -62,7 +62,8 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
         else:
             members = functools.partial(_members, stock._apply_gate, *found)
             checked = probe_dtypes(list(module.parameters(recurse=False))) if options.check else ()
-            trial, verify = (functools.partial(each, module, *found) for each in (_trial, _verify))
+            trial = functools.partial(_trial, module, *found)
+            verify = functools.partial(_verify, module, *found)
             yield ClassSwap(KIND, path, str(found[0]), module, members, checked, trial, verify)
 
 
@@ -95,9 +96,10 @@ def _identify(module: nn.Module, check: bool) -> tuple[Activation, bool] | str:
 
 def _obstacle(module: nn.Module) -> str | None:
     stock = stock_class(module)
-    if not hasattr(stock, "_apply_gate") or not hasattr(module, "has_gate"):
+    # What the interface sets on every module, in all of its versions; has_gate came later.
+    if not hasattr(stock, "_apply_gate") or not hasattr(module, "is_transposed"):
         return "does not run through transformers' experts interface"
-    if not module.has_gate:
+    if not getattr(module, "has_gate", True):
         return "has no gate"
     if "forward" in vars(module) or "_apply_gate" in vars(module):
         return "its methods are set on the instance"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -46,8 +46,5 @@ class Activation:
         return "swiglu" if self.name == "silu" else f"geglu({self.approximate})"
 
 
-ACTIVATIONS = tuple(
-    Activation(name, approximate, in_float)
-    for in_float in (False, True)
-    for name, approximate in (("silu", "none"), ("gelu", "tanh"), ("gelu", "none"))
-)
+_BY_HAND = (Activation("silu"), Activation("gelu", "tanh"), Activation("gelu", "none"))
+ACTIVATIONS = (*_BY_HAND, *(replace(activation, in_float=True) for activation in _BY_HAND))

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "_is_replica", False):  # of nn.DataParallel, which gathers outputs that are tensors only
             return original(self, *args, **kwargs)
-        head = _head_of(self)
+        head: Any = _head_of(self)
         deferring = False
         for name in _LABEL_ARGUMENTS:
             if kwargs.get(name) is not None:
@@ -115,7 +115,7 @@ def _head_of(model: nn.Module) -> nn.Module | None:
     """The module that makes model's logits: what it names, or else the one that a model inside it names."""
     for module in model.modules():
         if callable(getattr(type(module), "get_output_embeddings", None)):
-            head = module.get_output_embeddings()
+            head = module.get_output_embeddings()  # type: ignore[operator]
             if isinstance(head, nn.Module):
                 return head
     return None
@@ -222,7 +222,7 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
             continue
         if head_path not in found:
             members = functools.partial(_head_members, fused, options.tile_bytes)
-            checked = (head.weight.dtype,) if options.check else ()
+            checked = (cast(Tensor, head.weight).dtype,) if options.check else ()
             trial = functools.partial(_logits_bytes, head, fused, options.tile_bytes)
             verify = functools.partial(_check, head, fused)
             found[head_path] = ClassSwap(kind, head_path, kernel, head, members, checked, trial, verify), []

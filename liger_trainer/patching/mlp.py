@@ -109,7 +109,8 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
         else:
             members = functools.partial(_members, stock, *found)
             checked = probe_dtypes(_parameters(module)) if options.check else ()
-            trial, verify = (functools.partial(each, module, *found) for each in (_trial, _verify))
+            trial = functools.partial(_trial, module, *found)
+            verify = functools.partial(_verify, module, *found)
             yield ClassSwap(KIND, path, str(found[1]), module, members, checked, trial, verify)
 
 

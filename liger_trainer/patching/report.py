@@ -101,7 +101,7 @@ class Report:
         grouped: dict[tuple[Any, ...], list[Replaced]] = {}
         for entry in self.replaced:
             grouped.setdefault((entry.kind, entry.class_name, entry.kernel, entry.checked), []).append(entry)
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for (kind, name, kernel, checked), entries in grouped.items():
             saved = [entry.saves for entry in entries if entry.saves is not None]
             rows.append((kind, name, str(len(entries)), _formula(kernel), kernel.partition("(")[0],

@@ -263,14 +263,24 @@ def _probe(
 def bind(function: Any, rotation: Rotation | ComplexRotation) -> Callable[..., tuple[Tensor, Tensor]]:
     """The kernel with function's signature; function itself serves the calls that the kernel does not know."""
     target = function.forward if isinstance(function, nn.Module) else function
-    knows, serve = rotation.knows, rotation.kernel
     if isinstance(rotation, ComplexRotation):
+        return renamed_like(_bind_complex(function, rotation), target)
+    return renamed_like(_bind_tables(function, rotation, inspect.signature(target)), target)
 
-        def multiplied(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-            return serve(q, k, table) if knows(q, k, table) else function(q, k, table)
 
-        return renamed_like(multiplied, target)
-    default = rotation.unsqueeze_dim
+def _bind_complex(function: Any, rotation: ComplexRotation) -> Callable[..., tuple[Tensor, Tensor]]:
+    knows, serve = rotation.knows, rotation.kernel
+
+    def multiplied(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        return serve(q, k, table) if knows(q, k, table) else function(q, k, table)
+
+    return multiplied
+
+
+def _bind_tables(
+    function: Any, rotation: Rotation, signature: inspect.Signature
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    knows, serve, default = rotation.knows, rotation.kernel, rotation.unsqueeze_dim
 
     def plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         if knows(q, k, cos, sin, default):
@@ -296,9 +306,8 @@ def bind(function: Any, rotation: Rotation | ComplexRotation) -> Callable[..., t
             return serve(q, k, cos, sin, unsqueeze_dim)
         return function(q, k, cos, sin, position_ids, unsqueeze_dim)
 
-    parameters = list(inspect.signature(target).parameters.values())
-    wrappers = (plain, placed, positioned)
-    wrapper = wrappers[OPTIONAL.index(tuple(p.name for p in parameters[4:]))]
+    parameters = list(signature.parameters.values())
     if parameters[1].default is None:
-        wrapper = placed_or_missing
-    return renamed_like(wrapper, target)
+        return placed_or_missing
+    wrappers: tuple[Callable[..., tuple[Tensor, Tensor]], ...] = (plain, placed, positioned)
+    return wrappers[OPTIONAL.index(tuple(p.name for p in parameters[4:]))]

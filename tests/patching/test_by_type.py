@@ -91,6 +91,12 @@ def test_wrong_options_register_nothing():
     assert registered_types() == []
 
 
+def test_a_type_without_a_class_of_its_own():
+    with pytest.raises(ValueError, match="no model class for 'internlm3' of its own"):
+        liger_trainer.apply_liger_kernel_to_internlm3()
+    assert registered_types() == []
+
+
 class TestAutoClasses:
     def test_from_pretrained_and_from_config(self, tiny, tmp_path):
         model = tiny("Llama")
