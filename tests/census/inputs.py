@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,13 @@ def text_batch(model: nn.Module) -> dict[str, Any]:
     if type(model).__name__.startswith("Musicgen"):
         audio = torch.randint(5, HIGHEST_TEXT_TOKEN, (ROWS, LENGTH, codebooks), generator=_generator())
         return {"input_ids": audio.transpose(1, 2).reshape(ROWS * codebooks, LENGTH), "labels": audio}
-    return {"input_ids": input_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "labels": labels}
+    takes = inspect.signature(type(model).forward).parameters
+    if "bbox" in takes:
+        batch["bbox"] = torch.rand(ROWS, LENGTH, 2, generator=_generator()).repeat(1, 1, 2)
+    if type(model).__name__.startswith("Molmo"):  # demanded in training, also of a text
+        batch["mm_token_type_ids"] = torch.zeros_like(input_ids)
+    return batch
 
 
 def _images(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -127,12 +134,23 @@ def image_batch(model: nn.Module) -> tuple[dict[str, Any] | None, str]:
             continue
         for batch in _texts(model, pixels, counted):
             try:
-                with torch.random.fork_rng([]), torch.no_grad():
-                    model(**batch).loss.item()
-                return batch, ""
+                return _tried(model, batch), ""
+            except Exception as error:
+                why = f"{type(error).__name__}: {str(error)[:120]}"
+                said = re.search(r"features: (\d+)", str(error))
+                counted = int(said[1]) if said else counted
+        for batch in _texts(model, pixels, counted):  # with the number that the model has given by now
+            try:
+                return _tried(model, batch), ""
             except Exception as error:
                 why = f"{type(error).__name__}: {str(error)[:120]}"
     return None, why
+
+
+def _tried(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    with torch.random.fork_rng([]), torch.no_grad():
+        model(**batch).loss.item()
+    return batch
 
 
 def _features(model: nn.Module, pixels: dict[str, Any]) -> int | None:
