@@ -85,6 +85,19 @@ def test_compiled(model_type):
     assert mean_error(ours, theirs) < 2e-3  # matrix products of fp32 may use TF32
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_attention_implementations(model_type, implementation):
+    if implementation == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    model = build("causal", model_type).to(DEVICE, torch.bfloat16)
+    model.set_attn_implementation(implementation)
+    batch = moved(text_batch(model), torch.bfloat16)
+    theirs = step(model, batch)
+    apply_liger_kernel(model)
+    assert mean_error(step(model, batch), theirs) < 0.05
+
+
 def test_an_8b_model_is_checked_within_two_seconds():
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,

@@ -153,6 +153,16 @@ class TestWithoutWeights:
         assert is_patched(model.model.norm)
         assert "mlp model.layers.0.mlp (LlamaMLP) is left alone after all: output differs" in caplog.text
 
+    def test_what_can_not_be_compared_stays(self):
+        norm = torch.nn.LayerNorm(8, device="meta")
+        model = torch.nn.ModuleDict({"norm": norm})
+        apply_liger_kernel(model)
+        weight = norm._parameters.pop("weight")  # FSDP1 takes parameters away and puts views in their place
+        (hook,) = model._forward_pre_hooks.values()
+        hook(model, ())
+        assert is_patched(norm)
+        norm.weight = weight
+
     def test_copies_and_reverted_models_forget_it(self, tiny, batch):
         model, _ = self.patched(tiny)
         copied = copy.deepcopy(model)
