@@ -63,6 +63,14 @@ def test_models_that_are_made_later(tiny, tmp_path):
     assert is_patched(later)
 
 
+def test_a_model_is_patched_once_as_a_whole(tiny, monkeypatch):
+    patched = []
+    monkeypatch.setattr("liger_trainer.patching.by_type.apply_liger_kernel", lambda model: patched.append(model))
+    liger_trainer.apply_liger_kernel_to_llama()
+    model = tiny("Llama")
+    assert patched == [model]  # and not the LlamaModel in it
+
+
 def test_a_loaded_model_gives_what_the_stock_one_gives(tiny, batch, gradients, error, tmp_path):
     model = tiny("Llama")
     theirs = gradients(model, batch)

@@ -322,3 +322,14 @@ def test_a_wrong_kernel_is_found_out(tiny, monkeypatch, wrong):
     assert report.counts() == {"mlp": 2, "rope": 2}
     assert {entry.kind for entry in report.skipped} == {"rms_norm"}
     assert len(report.skipped) == 5
+
+
+def test_an_unchecked_norm_leaves_what_could_differ_to_the_original(monkeypatch):
+    norm, x = KeepsFloat(), torch.randn(3, 40)
+    assert apply_liger_kernel(nn.ModuleDict({"part": norm}), check=False).replaced[0].checked == ()
+    monkeypatch.setattr(kernels, "rms_norm", refusing)
+    assert norm(x.bfloat16()).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.float32
+    with pytest.raises(NotImplementedError):
+        norm(x)

@@ -300,6 +300,16 @@ def test_complex_tables(function, rows, dtype, calls):
     assert len(calls) == 1
 
 
+def test_a_table_for_each_sequence_goes_to_the_original_that_takes_none(calls):
+    module = attention(complex_one_table, "    return {name}(q, k, torch.complex(cos, sin))\n")
+    module.forward.__globals__["torch"] = torch
+    apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    calls.clear()
+    with pytest.raises(RuntimeError, match="invalid for input of size"):  # the original's own error
+        module(*tensors(width=6, place=2))
+    assert not calls
+
+
 def test_missing_keys_go_to_the_original(calls):
     module = attention(missing_defaults, "    return {name}(q, cos=cos, sin=sin), {name}(q, k, cos, sin)[1]\n")
     inputs = tensors()
