@@ -20,17 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sft_step import measure_model, versions
+from sft_step import SHAPES, measure_model, prepared, versions
 
 PROVIDERS = ("hf", "liger-kernel", "ours", "hf-compile", "ours-compile")
 
 # Fields of the config, by model type. Layers are those of the real model, fewer where it is much larger than 1B, so
 # that a step of the untouched model fits into 80 GB.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {  # Llama-3.2-1B
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
+    "llama": SHAPES["llama-3.2-1b"],
     "qwen3": {  # Qwen3-1.7B, 16 of 28 layers
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 16, "num_attention_heads": 16,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
@@ -89,12 +86,7 @@ def build(family: str, provider: str, tiny: bool, device: torch.device) -> torch
     torch.manual_seed(0)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.train()
-    if provider.startswith("ours"):
-        import liger_trainer
-
-        print(liger_trainer.apply_liger_kernel(model).line(), file=sys.stderr)
-    return torch.compile(model) if provider.endswith("-compile") else model
+    return prepared(model, provider)
 
 
 def run(options: argparse.Namespace, family: str, provider: str) -> dict[str, Any]:

@@ -56,6 +56,11 @@ def build(shape: str, provider: str, device: torch.device) -> torch.nn.Module:
     config = transformers.LlamaConfig(**SHAPES[shape], max_position_embeddings=131072, use_cache=False)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return prepared(model, provider)
+
+
+def prepared(model: torch.nn.Module, provider: str) -> torch.nn.Module:
+    """model as the provider trains it, but for what a provider has to do before there is a model."""
     model.train()
     if provider.startswith("ours"):
         import liger_trainer

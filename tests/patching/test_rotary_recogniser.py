@@ -171,6 +171,16 @@ def calls(monkeypatch):
     return seen
 
 
+def assert_served(module, inputs, kernel, calls, tolerance=1e-6):
+    """The module is patched with kernel, gives what it gave, and the kernel ran once."""
+    theirs = run(module, inputs)
+    report = apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    assert [(entry.path, entry.kernel) for entry in report.replaced] == [("attn", kernel)]
+    calls.clear()
+    assert_same(run(module, inputs), theirs, tolerance)
+    assert len(calls) == 1
+
+
 KNOWN = [
     (half, "rotary", 1),
     (heads_last, "rotary", 2),
@@ -190,14 +200,8 @@ KNOWN = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("function", "kernel", "place"), KNOWN)
 def test_known_functions(function, kernel, place, dtype, calls):
-    module = attention(function).to(dtype)
-    inputs = tensors(dtype, place=place)
-    theirs = run(module, inputs)
-    report = apply_liger_kernel(nn.ModuleDict({"attn": module}))
-    assert [(entry.path, entry.kernel) for entry in report.replaced] == [("attn", kernel)]
-    calls.clear()
-    assert_same(run(module, inputs), theirs, 1e-2 if dtype == torch.bfloat16 else 1e-6)
-    assert len(calls) == 1
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    assert_served(attention(function).to(dtype), tensors(dtype, place=place), kernel, calls, tolerance)
 
 
 @pytest.mark.parametrize(("function", "kernel", "place"), KNOWN)
@@ -274,13 +278,7 @@ def test_other_signatures_are_left_alone():
 
 
 def test_a_column_a_pair(calls):
-    module, inputs = attention(a_column_a_pair), tensors(width=6)
-    theirs = run(module, inputs)
-    report = apply_liger_kernel(nn.ModuleDict({"attn": module}))
-    assert [entry.kernel for entry in report.replaced] == ["rotary"]
-    calls.clear()
-    assert_same(run(module, inputs), theirs, 1e-6)
-    assert len(calls) == 1
+    assert_served(attention(a_column_a_pair), tensors(width=6), "rotary", calls)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -291,13 +289,8 @@ def test_complex_tables(function, rows, dtype, calls):
     module = attention(function, "    return {name}(q, k, torch.complex(cos, sin))\n").to(dtype)
     module.forward.__globals__["torch"] = torch
     q, k, cos, sin = tensors(dtype, torch.float32, width=6, place=2)
-    inputs = [q, k, cos[:rows], sin[:rows]]
-    theirs = run(module, inputs)
-    report = apply_liger_kernel(nn.ModuleDict({"attn": module}))
-    assert [entry.kernel for entry in report.replaced] == ["rotary(complex)"]
-    calls.clear()
-    assert_same(run(module, inputs), theirs, 1e-2 if dtype == torch.bfloat16 else 1e-6)
-    assert len(calls) == 1
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    assert_served(module, [q, k, cos[:rows], sin[:rows]], "rotary(complex)", calls, tolerance)
 
 
 def test_a_table_for_each_sequence_goes_to_the_original_that_takes_none(calls):
