@@ -2,8 +2,9 @@
 
     python benchmarks/training/sft_step.py --providers hf liger-kernel ours --results benchmarks/results/sft_step.json
 
-The model has the shape of Llama-3.2-1B and random weights in bf16; AdamW (fused) has its state in bf16, nothing is
-recomputed. Runs on any torch device; a provider that can't run gets a row that says why.
+The model has the shape of Llama-3.2-1B and random weights in bf16; AdamW (fused) has its state in bf16. Nothing is
+checkpointed; ours-recompute rebuilds norms and activations in the backward. Runs on any torch device; a provider that
+can't run gets a row that says why.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-PROVIDERS = ("hf", "hf-compile", "liger-kernel", "ours", "ours-compile")
+PROVIDERS = ("hf", "hf-compile", "liger-kernel", "ours", "ours-recompute", "ours-compile")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
         "hidden_size": 2048,
@@ -65,7 +66,8 @@ def prepared(model: torch.nn.Module, provider: str) -> torch.nn.Module:
     if provider.startswith("ours"):
         import liger_trainer
 
-        print(liger_trainer.apply_liger_kernel(model).line(), file=sys.stderr)
+        options = {"recompute": "cheap"} if provider == "ours-recompute" else {}
+        print(liger_trainer.apply_liger_kernel(model, **options).line(), file=sys.stderr)
     return torch.compile(model) if provider.endswith("-compile") else model
 
 
@@ -183,14 +185,14 @@ def main() -> None:
         rows.append(good[len(good) // 2] if good else of_provider[0])
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     name = torch.get_device_module(device).get_device_name() if device else "CPU"
-    header = f"{'provider':14} {'tokens/s':>10} {'peak GB':>8} {'first loss':>10} {'last loss':>10}"
+    header = f"{'provider':15} {'tokens/s':>10} {'peak GB':>8} {'first loss':>10} {'last loss':>10}"
     print(header)
     for row in rows:
         if "error" in row:
-            print(f"{row['provider']:14} {row['error']}")
+            print(f"{row['provider']:15} {row['error']}")
         else:
             print(
-                f"{row['provider']:14} {row['tokens_per_second']:10,.0f} {row['peak_gb'] or 0:8.2f} "
+                f"{row['provider']:15} {row['tokens_per_second']:10,.0f} {row['peak_gb'] or 0:8.2f} "
                 f"{row['first_loss']:10.4f} {row['last_loss']:10.4f}"
             )
     if options.results:

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .. import kernels
+from .recompute import rebuildable
 
 __all__ = ["ACTIVATIONS", "Activation"]
 
@@ -39,8 +40,8 @@ class Activation:
     def fused(self, gate: Tensor, up: Tensor) -> Tensor:
         """The same by the kernel, in fp32 and rounded once."""
         if self.name == "silu":
-            return kernels.swiglu(gate, up)
-        return kernels.geglu(gate, up, approximate=self.approximate)
+            return rebuildable(kernels.swiglu(gate, up), kernels.swiglu, gate, up)
+        return rebuildable(kernels.geglu(gate, up, self.approximate), kernels.geglu, gate, up, self.approximate)
 
     def __str__(self) -> str:
         return "swiglu" if self.name == "silu" else f"geglu({self.approximate})"

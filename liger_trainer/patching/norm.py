@@ -47,6 +47,7 @@ from .probe import (
     training_dtype,
 )
 from .recogniser import ClassSwap, Finding, Skip
+from .recompute import rebuildable
 
 __all__ = ["recognise"]
 
@@ -341,16 +342,21 @@ def _forward(found: Recognised) -> Callable[[Any, Tensor], Tensor]:
 
     if formula.kind == "rms_norm":
 
+        def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+            return kernels.rms_norm(x, weight, eps, offset=offset, casting=formula.casting)
+
         def normalise(self: Any, x: Tensor, eps: float) -> Tensor:
             weight = self.weight if found.weighted else None
-            return _owned(kernels.rms_norm(x, weight, eps, offset=offset, casting=formula.casting))
+            return rebuildable(_owned(rms_norm(x, weight, eps)), rms_norm, x, weight, eps)
     else:
 
         def normalise(self: Any, x: Tensor, eps: float) -> Tensor:
             weight = self.weight if found.weighted else None
             if weight is not None and offset:
                 weight = weight + offset
-            return _owned(kernels.layer_norm(x, weight, self.bias if found.biased else None, eps))
+            bias = self.bias if found.biased else None
+            y = _owned(kernels.layer_norm(x, weight, bias, eps))
+            return rebuildable(y, kernels.layer_norm, x, weight, bias, eps)
 
     if eps.attribute is None:
         constant = eps.constant

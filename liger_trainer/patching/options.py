@@ -20,6 +20,8 @@ class Options:
         experts: the gates of a mixture's experts.
         cross_entropy: the loss on materialised logits. Excludes ``fused_linear_cross_entropy``.
         fused_linear_cross_entropy: LM head and loss as one op, which keeps no logits.
+        recompute: ``"cheap"`` rebuilds the outputs of norms and gated activations in the backward pass instead of
+            keeping them for the projections behind; the same gradients from less memory. None keeps them.
         tile_bytes: size in bytes of the largest logits tile of the fused head; None lets the kernel choose.
         check: run every kernel beside the part that it replaces, output and gradients, before replacing it. Without,
             what a part computes is still found out by running it, and the kernel is trusted.
@@ -32,6 +34,7 @@ class Options:
     experts: bool = True
     cross_entropy: bool = False
     fused_linear_cross_entropy: bool = True
+    recompute: str | None = None
     tile_bytes: int | None = None
     check: bool = True
 
@@ -40,8 +43,9 @@ class Options:
         """Build from keyword options.
 
         Raises:
-            TypeError: an unknown option, a switch that is not a bool, or a ``tile_bytes`` that is not an int.
-            ValueError: ``tile_bytes`` below 1, or both cross-entropy switches on.
+            TypeError: an unknown option, a switch that is not a bool, a ``recompute`` that is not a string, or a
+                ``tile_bytes`` that is not an int.
+            ValueError: ``tile_bytes`` below 1, an unknown ``recompute``, or both cross-entropy switches on.
         """
         known = [field.name for field in fields(cls)]
         for name in options:
@@ -53,10 +57,15 @@ class Options:
             if name == "tile_bytes":
                 if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                     raise TypeError(f"tile_bytes must be an int or None, got {value!r}")
+            elif name == "recompute":
+                if value is not None and not isinstance(value, str):
+                    raise TypeError(f'recompute must be "cheap" or None, got {value!r}')
             elif not isinstance(value, bool):
                 raise TypeError(f"option {name} must be True or False, got {value!r}")
         if parsed.tile_bytes is not None and parsed.tile_bytes < 1:
             raise ValueError(f"tile_bytes must be at least 1, got {parsed.tile_bytes}")
+        if parsed.recompute not in (None, "cheap"):
+            raise ValueError(f'recompute must be "cheap" or None, got {parsed.recompute!r}')
         if parsed.cross_entropy and parsed.fused_linear_cross_entropy:
             raise ValueError(
                 "cross_entropy=True and fused_linear_cross_entropy=True exclude each other: the fused head leaves no "
