@@ -8,16 +8,20 @@ from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .gated_activation import geglu, swiglu
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_log_probs import LOG_PROB_OUTPUTS, LogProbs, linear_log_probs
 from .rms_norm import rms_norm
 from .rotary import rotary
 
 __all__ = [
+    "LOG_PROB_OUTPUTS",
     "CrossEntropyOutput",
+    "LogProbs",
     "add_rms_norm",
     "cross_entropy",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_log_probs",
     "rms_norm",
     "rotary",
     "swiglu",

@@ -9,6 +9,8 @@ from ._reduction import REDUCTIONS
 
 __all__ = [
     "check_floating",
+    "check_head",
+    "check_head_labels",
     "check_labels_in_range",
     "check_loss_options",
     "check_parameter",
@@ -59,6 +61,29 @@ def check_labels_in_range(labels: Tensor, n_classes: int, ignore_index: int) -> 
         raise ValueError(
             f"labels must lie in [0, {n_classes}) or be ignore_index={ignore_index}; "
             f"{wrong.numel()} of {labels.numel()} do not, the first of them is {int(wrong[0])}"
+        )
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Raise unless hidden states, a head's weight and its bias fit each other; ``prefix`` is of their names."""
+    check_floating(**{f"{prefix}hidden": hidden, f"{prefix}weight": weight})
+    if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{prefix}weight must have shape (V, {hidden.shape[-1] if hidden.dim() else '?'}) to match "
+            f"{prefix}hidden's {tuple(hidden.shape)}; got {tuple(weight.shape)}"
+        )
+    check_vector(f"{prefix}bias", bias, weight.shape[0], f"a number a row of {prefix}weight")
+    check_same_device(hidden.device, **{f"{prefix}weight": weight, f"{prefix}bias": bias})
+
+
+def check_head_labels(hidden: Tensor, labels: Tensor) -> None:
+    """Raise unless labels are class indices, one a hidden state."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, class indices; got {labels.dtype}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must have hidden's shape without its last dimension, {tuple(hidden.shape[:-1])}; "
+            f"got {tuple(labels.shape)}"
         )
 
 

@@ -80,6 +80,8 @@ def _statistics_of_block(
     maximum,  # (BLOCK // LANE,)
     total,  # (BLOCK // LANE,)
     weighted_z,  # (BLOCK // LANE,)
+    moment,  # (BLOCK // LANE,)
+    squares,  # (BLOCK // LANE,)
     best,
     best_column,
     logits_ptr,
@@ -90,13 +92,18 @@ def _statistics_of_block(
     outer,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SQUARES: tl.constexpr,
     ARGMAX: tl.constexpr,
     MASKED: tl.constexpr,
     POLICY: tl.constexpr,
     BLOCK: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """Add a block of a row to its running statistics. z and what is made of it is in units of ``ln(2)``."""
+    """Add a block of a row to its running statistics. z and what is made of it is in units of ``ln(2)``.
+
+    MOMENT and SQUARES: whether to sum ``exp(z) * z`` and ``exp(z)**2`` as well, relative to the maximum as the total.
+    """
     columns = start + tl.arange(0, BLOCK)
     mask = columns < n_classes if MASKED else None
     logits = tl.load(logits_ptr + columns, mask=mask, eviction_policy=POLICY)
@@ -119,8 +126,14 @@ def _statistics_of_block(
     block_maximum = tl.maximum(maximum, tl.max(z, 1))
     # Neighbours that were all -inf so far must not form -inf - -inf.
     shift = tl.where(block_maximum == float("-inf"), 0.0, block_maximum)
-    total = total * tl.exp2(maximum - shift) + tl.sum(tl.exp2(z - shift[:, None]), 1)
-    return block_maximum, total, weighted_z, best, best_column
+    rescale = tl.exp2(maximum - shift)
+    exponentials = tl.exp2(z - shift[:, None])
+    total = total * rescale + tl.sum(exponentials, 1)
+    if MOMENT:  # a class of logit -inf has no part in it
+        moment = moment * rescale + tl.sum(exponentials * tl.where(z == float("-inf"), 0.0, z), 1)
+    if SQUARES:
+        squares = squares * rescale * rescale + tl.sum(exponentials * exponentials, 1)
+    return block_maximum, total, weighted_z, moment, squares, best, best_column
 
 
 @triton.jit
@@ -137,8 +150,11 @@ def _gradient_of_block(
     spread,
     inner,
     outer,
+    log_factor,
+    square_factor,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    CURVED: tl.constexpr,
     LABEL: tl.constexpr,
     MASKED: tl.constexpr,
     POLICY: tl.constexpr,
@@ -146,13 +162,19 @@ def _gradient_of_block(
 ):
     """Write the gradient of a block of a row; lse in units of ``ln(2)``, the factors times dz/dl where it is one.
 
+    CURVED: whether the factor of a probability p is ``probability_factor + log_factor * log2(p) + square_factor * p``.
     LABEL: whether the label may lie in the block.
     """
     columns = start + tl.arange(0, BLOCK)
     mask = columns < n_classes if MASKED else None
     logits = tl.load(logits_ptr + columns, mask=mask, eviction_policy=POLICY)
     z, slope = _transform(logits.to(tl.float32), inner, outer, SOFTCAP)
-    gradient = tl.exp2(z - lse) * probability_factor
+    if CURVED:
+        probability = tl.exp2(z - lse)
+        log_probability = tl.where(probability == 0.0, 0.0, z - lse)
+        gradient = probability * (probability_factor + log_factor * log_probability + square_factor * probability)
+    else:
+        gradient = tl.exp2(z - lse) * probability_factor
     if SMOOTHING:
         if class_weights_ptr is not None:
             gradient -= spread * tl.load(class_weights_ptr + columns, mask=mask).to(tl.float32)
@@ -254,14 +276,16 @@ def _softmax_loss_kernel(
         best = float("-inf")
         best_column = 0
         for start in range(0, n_whole, BLOCK):
-            maximum, total, weighted_z, best, best_column = _statistics_of_block(
-                maximum, total, weighted_z, best, best_column, logits_ptr, class_weights_ptr, start, n_classes,
-                inner, outer, SOFTCAP, SMOOTHING, predicted_ptr is not None, False, first_policy, BLOCK, LANE,
+            maximum, total, weighted_z, _moment, _squares, best, best_column = _statistics_of_block(
+                maximum, total, weighted_z, 0.0, 0.0, best, best_column, logits_ptr, class_weights_ptr, start,
+                n_classes, inner, outer, SOFTCAP, SMOOTHING, False, False, predicted_ptr is not None, False,
+                first_policy, BLOCK, LANE,
             )  # fmt: skip
         if n_whole < n_classes:
-            maximum, total, weighted_z, best, best_column = _statistics_of_block(
-                maximum, total, weighted_z, best, best_column, logits_ptr, class_weights_ptr, n_whole, n_classes,
-                inner, outer, SOFTCAP, SMOOTHING, predicted_ptr is not None, True, first_policy, BLOCK, LANE,
+            maximum, total, weighted_z, _moment, _squares, best, best_column = _statistics_of_block(
+                maximum, total, weighted_z, 0.0, 0.0, best, best_column, logits_ptr, class_weights_ptr, n_whole,
+                n_classes, inner, outer, SOFTCAP, SMOOTHING, False, False, predicted_ptr is not None, True,
+                first_policy, BLOCK, LANE,
             )  # fmt: skip
         row_maximum = tl.max(maximum, 0)
         shift = tl.where(row_maximum == float("-inf"), 0.0, row_maximum)
@@ -301,17 +325,20 @@ def _softmax_loss_kernel(
             if (label_column >= start) & (label_column < start + BLOCK):
                 _gradient_of_block(
                     logits_ptr, gradient_ptr, class_weights_ptr, start, n_classes, label_column, lse,
-                    probability_factor, hit, spread, inner, outer, SOFTCAP, SMOOTHING, True, False, last_policy, BLOCK,
+                    probability_factor, hit, spread, inner, outer, 0.0, 0.0, SOFTCAP, SMOOTHING, False, True, False,
+                    last_policy, BLOCK,
                 )  # fmt: skip
             else:
                 _gradient_of_block(
                     logits_ptr, gradient_ptr, class_weights_ptr, start, n_classes, label_column, lse,
-                    probability_factor, hit, spread, inner, outer, SOFTCAP, SMOOTHING, False, False, last_policy, BLOCK,
+                    probability_factor, hit, spread, inner, outer, 0.0, 0.0, SOFTCAP, SMOOTHING, False, False, False,
+                    last_policy, BLOCK,
                 )  # fmt: skip
         if n_whole < n_classes:
             _gradient_of_block(
                 logits_ptr, gradient_ptr, class_weights_ptr, n_whole, n_classes, label_column, lse,
-                probability_factor, hit, spread, inner, outer, SOFTCAP, SMOOTHING, True, True, last_policy, BLOCK,
+                probability_factor, hit, spread, inner, outer, 0.0, 0.0, SOFTCAP, SMOOTHING, False, True, True,
+                last_policy, BLOCK,
             )  # fmt: skip
 
 

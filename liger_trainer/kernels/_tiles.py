@@ -7,7 +7,7 @@ here, once.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ._triton import tl, triton
 
 __all__ = [
     "HeadGradients",
+    "Kept",
     "partition_rows",
     "plan",
     "run_tiles",
@@ -255,6 +256,14 @@ class HeadGradients:
             self.bias += logit_gradient.sum(0, dtype=self.bias.dtype)
 
 
+class Kept(NamedTuple):
+    """Logits of the first rows that a pass leaves for the pass after it."""
+
+    logits: Tensor  # (K, V), of the products' dtype
+    known: bool  # whether they are there already, else they are written
+    overwrite: bool = False  # whether their gradient may take their place
+
+
 def run_tiles(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -267,11 +276,13 @@ def run_tiles(
     weight_gradient_dtype: torch.dtype,
     tile_bytes: int | None,
     need: tuple[bool, bool, bool],
+    kept: Kept | None = None,
 ) -> HeadGradients:
     """Make logits a tile at a time, for the first ``n_valid`` rows of the permutation ``rows``, or for all in order.
 
     ``on_tile(logits, row_index, gradient)`` gets (R, V) logits, the (R,) rows that they belong to (None: all N in their
-    order), and where a gradient is needed the buffer to write that of the logits to, which is the logits' own.
+    order), and where a gradient is needed the buffer to write that of the logits to, which is the logits' own unless
+    they were ``kept`` and must not be overwritten.
     """
     n_classes = weight.shape[0]
     need_weight = need[1]
@@ -281,14 +292,18 @@ def run_tiles(
     weight = weight.to(compute_dtype)
     bias = None if bias is None else bias.to(compute_dtype)
     every_row = rows is None and n_valid == len(hidden)
+    n_kept = 0 if kept is None else min(len(kept.logits), n_valid)
+    ranges = [(0, n_kept)] if n_kept else []  # what is kept is one tile of its own
+    if n_kept < n_valid:
+        cut = tiles(n_valid - n_kept, n_classes, compute_dtype.itemsize, tile_bytes)
+        ranges += [(n_kept, n_valid)] if at_once else [(n_kept + start, n_kept + end) for start, end in cut]
+    at_once = len(ranges) == 1 and (at_once or n_kept > 0)
     weight_dtype = weight_gradient_dtype if at_once else accumulation_dtype(compute_dtype)
     gradients = HeadGradients(hidden, weight, compute_dtype, weight_dtype, every_row, need)
     buffer: Tensor | None = None
     logits: Tensor | None = None
-    ranges = [(0, n_valid)] if at_once and n_valid else tiles(n_valid, n_classes, compute_dtype.itemsize, tile_bytes)
+    gradient: Tensor | None = None
     for start, end in ranges:
-        if buffer is None:
-            buffer = torch.empty((end - start, n_classes), dtype=compute_dtype, device=hidden.device)
         where: Tensor | slice
         row_index: Tensor | None
         if rows is None:
@@ -299,13 +314,23 @@ def run_tiles(
             where = row_index = rows[start:end]
             x = hidden.index_select(0, row_index)
         x = x.to(compute_dtype)
-        logits = head_product(x, weight, bias, buffer[: end - start])
-        on_tile(logits, row_index, logits if any(need) else None)
+        known = False
+        if kept is not None and end <= n_kept:
+            logits, known = kept.logits[:n_kept], kept.known
+        else:
+            if buffer is None:
+                buffer = torch.empty((end - start, n_classes), dtype=compute_dtype, device=hidden.device)
+            logits = buffer[: end - start]
+        if not known:
+            head_product(x, weight, bias, logits)
         if any(need):
-            gradients.add(logits, x, weight, where, first=start == 0)
-    if buffer is None:
+            gradient = torch.empty_like(logits) if known and not kept.overwrite else logits
+        on_tile(logits, row_index, gradient)
+        if gradient is not None:
+            gradients.add(gradient, x, weight, where, first=start == 0)
+    if not ranges:
         gradients.weight.zero_()
-    logits = buffer = None  # freed before the gradient is rounded, which takes new memory
+    logits = gradient = buffer = None  # freed before the gradient is rounded, which takes new memory
     if need_weight:
         gradients.weight = gradients.weight.to(weight_gradient_dtype)
     return gradients

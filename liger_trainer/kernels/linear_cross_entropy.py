@@ -17,24 +17,25 @@ import torch
 from torch import Tensor
 
 from ._checks import (
-    check_floating,
+    check_head,
+    check_head_labels,
     check_labels_in_range,
     check_loss_options,
     check_same_device,
     check_vector,
 )
-from ._dtypes import accumulation_dtype, gradient_dtype
+from ._dtypes import accumulation_dtype, gradient_dtype, products_dtype
 from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
 from ._reduction import loss_scale, row_weights
 from ._softmax_loss import RowLoss, softmax_loss_rows
 from ._tiles import partition_rows, run_tiles, scaled, without_autocast
 from .cross_entropy import CrossEntropyOutput, gather_outputs
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["FP16_GRADIENT_SCALE", "finish", "linear_cross_entropy"]
 
 # In fp16 a probability of 1/V is subnormal, and 1/N of it is nothing: gradients of fp16 logits are kept times this, and
 # meet the loss's own factor in fp32, in the backward.
-_FP16_GRADIENT_SCALE = 1024.0
+FP16_GRADIENT_SCALE = 1024.0
 
 
 def _tile_loss(
@@ -48,7 +49,7 @@ def _tile_loss(
 ) -> None:
     factor: dict[str, Any] = {"scale": scale}
     if logits.dtype == torch.float16:
-        factor = {"gradient_scale": _FP16_GRADIENT_SCALE}
+        factor = {"gradient_scale": FP16_GRADIENT_SCALE}
     softmax_loss_rows(logits, labels, rows=rows, gradient=gradient, **factor, **options)
 
 
@@ -269,6 +270,19 @@ _rows_backward = define(
 )
 
 
+def finish(gradient: Tensor, dtype: torch.dtype | None, factor: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    """A gradient that was formed in the forward, times the factors that were still to come, in its final dtype."""
+    dtype = gradient.dtype if dtype is None else dtype
+    if gradient.dtype == dtype:
+        if factor is None and row_scale is None:
+            return gradient
+        # What nobody will read again is scaled where it lies: a step's memory may well peak here.
+        if not graph_is_kept():
+            _scale_gradient_(gradient, factor, row_scale)
+            return gradient
+    return _scale_gradient(gradient, factor, row_scale, dtype)
+
+
 class _Options(NamedTuple):
     """The op's arguments behind its first four."""
 
@@ -346,23 +360,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor = None if ctx.per_row else upstream
         row_scale = upstream if ctx.per_row and not ctx.again else None
         if options.compute_dtype == torch.float16:
-            factor = (1 if factor is None else factor) * scale / _FP16_GRADIENT_SCALE
-        keep = graph_is_kept()
-
-        def finished(i: int) -> Tensor | None:
-            if not ctx.need[i]:
-                return None
-            gradient = gradients[i]
-            same = gradient.dtype == ctx.dtypes[i]
-            if same and factor is None and row_scale is None:
-                return gradient
-            # What nobody will read again is scaled where it lies: a step's memory may well peak here.
-            if same and not keep:
-                _scale_gradient_(gradient, factor, row_scale)
-                return gradient
-            return _scale_gradient(gradient, factor, row_scale, ctx.dtypes[i])
-
-        return (finished(0), finished(1), None, finished(2), *rest)
+            factor = (1 if factor is None else factor) * scale / FP16_GRADIENT_SCALE
+        finished = [
+            finish(gradient, dtype, factor, row_scale) if needed else None
+            for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.need)
+        ]
+        return (*finished[:2], None, finished[2], *rest)
 
 
 def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any) -> Any:
@@ -450,22 +453,10 @@ def linear_cross_entropy(
             CPU or with ``check_labels``, a label outside [0, V). Elsewhere such a label makes the loss NaN.
         RuntimeError: in a double backward.
     """
-    check_floating(hidden=hidden, weight=weight)
     check_loss_options(reduction, label_smoothing, z_loss, softcap, temperature)
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, class indices; got {labels.dtype}")
-    if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight must have shape (V, {hidden.shape[-1] if hidden.dim() else '?'}) to match hidden's "
-            f"{tuple(hidden.shape)}; got {tuple(weight.shape)}"
-        )
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"labels must have hidden's shape without its last dimension, {tuple(hidden.shape[:-1])}; "
-            f"got {tuple(labels.shape)}"
-        )
+    check_head(hidden, weight, bias)
+    check_head_labels(hidden, labels)
     n_classes = weight.shape[0]
-    check_vector("bias", bias, n_classes, "a number a row of weight")
     check_vector("class_weights", class_weights, n_classes, "a weight a row of weight")
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(
@@ -484,25 +475,14 @@ def linear_cross_entropy(
     items = num_items if isinstance(num_items, Tensor) else None
     check_same_device(
         hidden.device,
-        weight=weight,
         labels=labels,
-        bias=bias,
         token_weights=token_weights,
         class_weights=class_weights,
         num_items=items,
     )
-    device_type = hidden.device.type
-    if compute_dtype is not None:
-        if not compute_dtype.is_floating_point:
-            raise TypeError(f"compute_dtype must be a floating point dtype, got {compute_dtype}")
-    elif torch.is_autocast_enabled(device_type):
-        compute_dtype = torch.get_autocast_dtype(device_type)
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(f"weight must have hidden's dtype {hidden.dtype} outside of autocast, got {weight.dtype}")
-    else:
-        compute_dtype = hidden.dtype
+    compute_dtype = products_dtype(hidden, weight, compute_dtype)
     flat_labels = labels.reshape(-1).long()
-    if check_labels or (device_type == "cpu" and not torch.compiler.is_compiling()):
+    if check_labels or (hidden.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_labels_in_range(flat_labels, n_classes, ignore_index)
     spec = RowLoss.of(ignore_index, logit_scale, softcap, temperature, label_smoothing, z_loss, token_scaling)
     predict = "token_accuracy" in outputs or "predicted_tokens" in outputs

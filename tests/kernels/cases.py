@@ -15,6 +15,7 @@ from liger_trainer.kernels import (
     geglu,
     layer_norm,
     linear_cross_entropy,
+    linear_log_probs,
     rms_norm,
     rotary,
     swiglu,
@@ -137,6 +138,7 @@ def _head(
     token_weights: bool = False,
     class_weights: bool = False,
     num_items: bool = False,
+    cached: bool = False,
     flat: bool = False,
     **labels: str,
 ) -> Inputs:
@@ -149,6 +151,8 @@ def _head(
             "labels": make.labels(*rows, classes=sizes.classes, **labels),
             "tile_bytes": sizes.tile_rows * sizes.classes * make.dtype.itemsize,
         }
+        if cached:  # one tile
+            arguments["cache_bytes"] = arguments["tile_bytes"]
         if bounded:
             arguments["max_valid"] = int((arguments["labels"] != -100).sum())
         if bias:
@@ -211,12 +215,13 @@ class Case:
         layout: Callable[[Tensor], Tensor] = Tensor.contiguous,
     ) -> Call:
         arguments = self.inputs(Maker(device, dtype, layout), sizes)
-        constants = {name: arguments.pop(name) for name in ("tile_bytes",) if name in arguments}
+        constants = {name: arguments.pop(name) for name in ("tile_bytes", "cache_bytes") if name in arguments}
         numbers = {name: arguments.pop(name) for name in ("max_valid",) if name in arguments}
         op, constants = self.op, {**self.options, **constants}
         return Call(lambda tensors, numbers: op(**tensors, **numbers, **constants), arguments, numbers, layout)
 
 
+LOG_PROB_OUTPUTS = ("entropy", "mean_logits", "log_sum_sq_probs", "top1")
 EXTRA = ("token_loss", "token_accuracy", "predicted_tokens", "z_loss")
 
 CASES = [
@@ -267,6 +272,20 @@ CASES = [
         "token_weights-class_weights-smoothing",
     ),
     Case(linear_cross_entropy, _head(), {"token_scaling": True}, "token_scaling", constant_factor=True),
+    Case(linear_log_probs, _head(cached=True)),
+    Case(linear_log_probs, _head(ignored="none"), {}, "all_cached"),
+    Case(linear_log_probs, _head(ignored="all"), {}, "all_ignored"),
+    Case(
+        linear_log_probs, _head(bounded=False, flat=True, bias=True), {"cache_bytes": 0}, "counting", asks_device=True
+    ),
+    Case(linear_log_probs, _head(frozen=True), {}, "frozen"),
+    Case(
+        linear_log_probs,
+        _head(cached=True, bias=True),
+        {"softcap": 3.0, "logit_scale": 1.7, "temperature": 1.3, "outputs": LOG_PROB_OUTPUTS},
+        "outputs-softcap-bias",
+    ),
+    Case(linear_log_probs, _head(frozen=True), {"outputs": ("entropy", "mean_logits")}, "outputs-frozen"),
 ]
 
 

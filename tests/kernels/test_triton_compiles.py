@@ -24,7 +24,7 @@ warnings.simplefilter("ignore")
 from liger_trainer.kernels import _launch, _library
 from tests.kernels.cases import CASES, RAGGED, Sizes, run
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}
 compiled, failed = set(), []
 
 

@@ -1,0 +1,432 @@
+"""Log-probabilities of labels under ``softmax(hidden @ weight.T)`` without the logits, for any loss built on them.
+
+The logits exist a tile of rows at a time, and only of rows that have a label. The forward reduces each tile to a few
+numbers a row. What a loss makes of them is unknown until the backward, which needs the logits again: as many rows of
+them as ``cache_bytes`` allows wait in the products' dtype, the rest is multiplied once more. So three to four matrix
+products in all, the fourth only for rows that were not kept; the log-sum-exp is kept of every row. With a frozen head
+(LoRA) nothing needs to wait: the gradient that a row's log-probability has for its hidden state is formed in the
+forward and the backward scales it, two products in all.
+
+TRL's fused head (``trl.kernels.ChunkedLogProbFunction``) does the same in four products, recomputing every logit.
+"""
+
+import functools
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import (
+    check_head,
+    check_head_labels,
+    check_labels_in_range,
+    check_loss_options,
+    check_same_device,
+)
+from ._dtypes import accumulation_dtype, gradient_dtype, products_dtype
+from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
+from ._log_prob_rows import RowStatistics, RowUpstream, log_prob_rows
+from ._softmax_loss import RowLoss
+from ._tiles import Kept, partition_rows, plan, run_tiles, without_autocast
+from .linear_cross_entropy import FP16_GRADIENT_SCALE, finish
+
+__all__ = ["LOG_PROB_OUTPUTS", "LogProbs", "linear_log_probs"]
+
+LOG_PROB_OUTPUTS = ("entropy", "mean_logits", "log_sum_sq_probs", "top1")
+_CACHE_BYTES = 512 * 2**20
+
+
+class LogProbs(NamedTuple):
+    """What :func:`linear_log_probs` returns when more than the log-probabilities is asked for, else None.
+
+    All have the labels' shape and are fp32 (float64 for float64 products) but ``top1``, and 0 or False where the label
+    is ignored. All but ``top1`` carry a gradient.
+    """
+
+    log_probs: Tensor  # log p of the label
+    entropy: Tensor | None = None  # -sum_c p_c log(p_c), in nats
+    mean_logits: Tensor | None = None  # mean over the V scaled, soft-capped and tempered logits
+    log_sum_sq_probs: Tensor | None = None  # log(sum_c p_c**2)
+    top1: Tensor | None = None  # bool: whether the label is the first of the largest logits
+
+
+def _make_forward(use_kernel: bool) -> Any:
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        inner: float,
+        outer: float,
+        compute_dtype: torch.dtype,
+        tile_bytes: int | None,
+        max_valid: int | None,
+        entropy: bool,
+        mean_logits: bool,
+        log_sum_sq_probs: bool,
+        top1: bool,
+        kept_rows: int,
+        need_hidden: bool,
+    ) -> tuple[Tensor, ...]:
+        n = len(labels)
+        dtype = accumulation_dtype(compute_dtype)
+        rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
+
+        def zeros(wanted: bool, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(n if wanted else 0, dtype=dtype, device=hidden.device)
+
+        statistics = RowStatistics(
+            zeros(True), zeros(True), *map(zeros, (entropy, mean_logits, log_sum_sq_probs)), zeros(top1, torch.bool)
+        )
+        kept = torch.empty((kept_rows, weight.shape[0]), dtype=compute_dtype, device=hidden.device)
+        with without_autocast(hidden):
+            gradients = run_tiles(
+                hidden,
+                weight,
+                bias,
+                functools.partial(
+                    _on_tile,
+                    labels=labels,
+                    spec=RowLoss(ignore_index, inner, outer, 0.0, 0.0, False),
+                    statistics=_wanted(statistics, True, True, entropy, mean_logits, log_sum_sq_probs, top1),
+                    gradient_scale=FP16_GRADIENT_SCALE if compute_dtype == torch.float16 else 1.0,
+                    use_kernel=use_kernel,
+                ),
+                rows=rows,
+                n_valid=n_valid,
+                compute_dtype=compute_dtype,
+                weight_gradient_dtype=compute_dtype,
+                tile_bytes=tile_bytes,
+                need=(need_hidden, False, False),
+                kept=Kept(kept, known=False) if kept_rows else None,
+            )
+        if max_valid is not None and max_valid < n:  # a bound that is too small must not pass unseen
+            dropped = (labels != ignore_index).sum() > max_valid
+            statistics.log_probs.masked_fill_(dropped, torch.nan)
+        return *statistics, kept, gradients.hidden
+
+    return forward
+
+
+def _wanted(statistics: RowStatistics, *wanted: bool) -> RowStatistics:
+    return RowStatistics(*(each if flag else None for each, flag in zip(statistics, wanted)))  # type: ignore[arg-type]
+
+
+def _on_tile(logits: Tensor, rows: Tensor | None, gradient: Tensor | None, **options: Any) -> None:
+    log_prob_rows(logits, rows=rows, gradient=gradient, **options)
+
+
+def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any) -> Any:
+    compute_dtype, wanted, (kept_rows, need_hidden) = options[3], options[6:10], options[10:]
+    dtype = accumulation_dtype(compute_dtype)
+
+    def rows(flag: bool, dtype: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(labels.shape if flag else (0,), dtype=dtype)
+
+    return (
+        rows(True),
+        rows(True),
+        *map(rows, wanted[:3]),
+        rows(wanted[3], torch.bool),
+        hidden.new_empty((kept_rows, weight.shape[0]), dtype=compute_dtype),
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
+    )
+
+
+def _make_backward(use_kernel: bool, in_place: bool) -> Any:
+    def backward(
+        log_probs_upstream: Tensor | None,
+        entropy_upstream: Tensor | None,
+        mean_upstream: Tensor | None,
+        squares_upstream: Tensor | None,
+        scale: Tensor | None,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        lse: Tensor,
+        entropy: Tensor,
+        log_sum_sq_probs: Tensor,
+        kept: Tensor,
+        ignore_index: int,
+        inner: float,
+        outer: float,
+        compute_dtype: torch.dtype,
+        tile_bytes: int | None,
+        max_valid: int | None,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+        weight_gradient_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
+        upstream = RowUpstream(log_probs_upstream, entropy_upstream, mean_upstream, squares_upstream)
+        statistics = RowStatistics(lse, lse, entropy, None, log_sum_sq_probs)
+        with without_autocast(hidden):
+            gradients = run_tiles(
+                hidden,
+                weight,
+                bias,
+                functools.partial(
+                    _on_tile,
+                    labels=labels,
+                    spec=RowLoss(ignore_index, inner, outer, 0.0, 0.0, False),
+                    statistics=_wanted(
+                        statistics, True, True, entropy_upstream is not None, False, squares_upstream is not None, False
+                    ),
+                    known=True,
+                    upstream=upstream,
+                    scale=scale,
+                    use_kernel=use_kernel,
+                ),
+                rows=rows,
+                n_valid=n_valid,
+                compute_dtype=compute_dtype,
+                weight_gradient_dtype=weight_gradient_dtype,
+                tile_bytes=tile_bytes,
+                need=(need_hidden, need_weight, need_bias),
+                kept=Kept(kept, known=True, overwrite=in_place) if len(kept) else None,
+            )
+        return gradients.hidden, gradients.weight, gradients.bias
+
+    return backward
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = arguments[5:7]
+    compute_dtype = arguments[16]
+    need_hidden, need_weight, need_bias, weight_gradient_dtype = arguments[19:]
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
+        hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=accumulation_dtype(compute_dtype)),
+    )
+
+
+_TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias"
+_OPTIONS = "int ignore_index, float inner, float outer, ScalarType compute_dtype, int? tile_bytes, SymInt? max_valid"
+_OUTPUTS = "bool entropy, bool mean_logits, bool log_sum_sq_probs, bool top1, SymInt kept_rows"
+_BACKWARD = (
+    "(Tensor? log_probs_upstream, Tensor? entropy_upstream, Tensor? mean_upstream, Tensor? squares_upstream, "
+    f"Tensor? scale, {_TENSORS}, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, Tensor{{}} kept, {_OPTIONS}, "
+    "bool need_hidden, bool need_weight, bool need_bias, ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor)"
+)
+
+_forward = define(
+    f"linear_log_probs_forward({_TENSORS}, {_OPTIONS}, {_OUTPUTS}, bool need_hidden)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_make_forward(True),
+    reference=_make_forward(False),
+    fake=_fake_forward,
+    tags=(torch.Tag.cudagraph_unsafe,),  # the host may wait for the number of labels
+)
+_backward = define(
+    "linear_log_probs_backward" + _BACKWARD.format(""),
+    kernel=_make_backward(True, in_place=False),
+    reference=_make_backward(False, in_place=False),
+    fake=_fake_backward,
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_backward_ = define(
+    "linear_log_probs_backward_" + _BACKWARD.format("(a!)"),
+    kernel=_make_backward(True, in_place=True),
+    reference=_make_backward(False, in_place=True),
+    fake=_fake_backward,
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+
+
+class _Options(NamedTuple):
+    """The op's arguments behind its first four."""
+
+    ignore_index: int
+    inner: float
+    outer: float
+    compute_dtype: torch.dtype
+    tile_bytes: int | None
+    max_valid: int | None
+    entropy: bool
+    mean_logits: bool
+    log_sum_sq_probs: bool
+    top1: bool
+    kept_rows: int
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
+        options = _Options(*arguments)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_bias = bias is not None and ctx.needs_input_grad[3]
+        ctx.frozen_head = not need_weight and not need_bias
+        if ctx.frozen_head:
+            options = options._replace(kept_rows=0)
+        log_probs, lse, entropy, mean_logits, squares, top1, kept, hidden_gradient = _forward(
+            hidden, weight, labels, bias, *options, ctx.frozen_head
+        )
+        ctx.save_for_backward(hidden, weight, labels, bias, lse, entropy, squares, kept, hidden_gradient)
+        ctx.options = options
+        ctx.need = (need_hidden, need_weight, need_bias)
+        ctx.dtypes = (hidden.dtype, gradient_dtype(weight), None if bias is None else bias.dtype)
+        wanted = options[6:10]
+        extra = (entropy, mean_logits, squares, top1)
+        ctx.mark_non_differentiable(*(each for each, flag in zip(extra[:3], wanted) if not flag), top1)
+        ctx.set_materialize_grads(False)
+        return log_probs, *extra
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_log_probs")
+        options: _Options = ctx.options
+        rest = (None,) * len(options)
+        given = [each for each in upstream[:4] if each is not None]
+        if not given:
+            return (None, None, None, None, *rest)
+        *tensors, hidden_gradient = ctx.saved_tensors
+        half = options.compute_dtype == torch.float16
+        if ctx.frozen_head and upstream[0] is not None and len(given) == 1:
+            factor = upstream[0].new_tensor(1 / FP16_GRADIENT_SCALE) if half else None
+            return (finish(hidden_gradient, ctx.dtypes[0], factor, upstream[0]), None, None, None, *rest)
+        # Rows that weigh 1/N each would underflow in fp16: there the largest gradient that comes in is made
+        # FP16_GRADIENT_SCALE, and what goes out is divided by as much in fp32.
+        scale = factor = None
+        if half:
+            largest = torch.stack([each.abs().amax() for each in given if each.numel()]).amax()
+            factor = largest.clamp(min=torch.finfo(torch.float32).tiny) / FP16_GRADIENT_SCALE
+            scale = 1 / factor
+        weight_dtype = torch.float32 if half else ctx.dtypes[1]
+        op = _backward if options.kept_rows == 0 or graph_is_kept() else _backward_
+        gradients = op(*upstream[:4], scale, *tensors, *options[:6], *ctx.need, weight_dtype)
+        finished = [
+            finish(gradient, dtype, factor, None) if needed else None
+            for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.need)
+        ]
+        return (*finished[:2], None, finished[2], *rest)
+
+
+def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
+    if torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _LinearLogProbs.apply(hidden, weight, labels, bias, *arguments)
+    log_probs, _, *extra = _forward(hidden, weight, labels, bias, *arguments[:-1], 0, False)[:6]
+    return log_probs, *extra
+
+
+_op = define_differentiable(
+    f"linear_log_probs({_TENSORS}, {_OPTIONS}, {_OUTPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _differentiable,
+)
+
+
+def _kept_rows(
+    bound: int, weight: Tensor, compute_dtype: torch.dtype, tile_bytes: int | None, cache_bytes: int | None
+) -> int:
+    if cache_bytes is None:
+        # Where one product is to make the weight's gradient, the backward holds the logits of all rows anyway.
+        # Dynamo can't read a tensor's grad_dtype.
+        rounded_to = weight.dtype if torch.compiler.is_compiling() else gradient_dtype(weight)
+        if plan(bound, weight, compute_dtype, rounded_to, tile_bytes)[1]:
+            return bound
+        cache_bytes = _CACHE_BYTES
+    return min(bound, cache_bytes // (weight.shape[0] * compute_dtype.itemsize))
+
+
+def linear_log_probs(
+    hidden: Tensor,  # (*, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (*)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    outputs: Collection[str] = (),
+    tile_bytes: int | None = None,
+    cache_bytes: int | None = None,
+    max_valid: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    check_labels: bool = False,
+) -> Tensor | LogProbs:
+    """``log_softmax(hidden @ weight.T + bias)`` at the labels, differentiable, without ever building the logits.
+
+    The logits are ``softcap * tanh(logit_scale * l / softcap) / temperature`` (no tanh without a soft-cap) with
+    ``l = hidden @ weight.T + bias`` rounded to the products' dtype, as a linear layer rounds them; everything after is
+    in fp32 (in float64 for float64 inputs), and so is the accumulation of the weight's gradient.
+
+    Matrix products: one without grad mode, nothing being kept. With a head that is trained, three for the rows whose
+    logits are kept and four for the others. With a frozen head two, if gradients come in for the log-probabilities
+    alone, and else four.
+
+    Args:
+        hidden: (\\*, H), floating point; contiguous along H, else copied.
+        weight: (V, H), of hidden's dtype. Under autocast both may have any floating point dtype: the products run in
+            the autocast dtype, and the gradient of an fp32 weight is not rounded on its way.
+        labels: (\\*), integers in [0, V) or ``ignore_index``, already shifted.
+        bias: (V,) or None.
+        ignore_index: rows with this label are left out of every product.
+        logit_scale, softcap, temperature: see above; softcap and temperature are above 0.
+        outputs: names among ``entropy``, ``mean_logits``, ``log_sum_sq_probs`` and ``top1`` to return besides the
+            log-probabilities, from the same pass over the logits.
+        tile_bytes: bound of the logits tile, in bytes; a tile has at least one row. None chooses, as in
+            :func:`linear_cross_entropy`.
+        cache_bytes: bound of the logits, in bytes, that are kept from forward to backward instead of being recomputed.
+            Where they are all the rows', the weight's gradient comes from one product and needs no fp32 buffer. None
+            keeps all where that takes no more memory than the backward has anyway (in bf16 for up to about 2 * H
+            rows), else 512 MiB.
+        max_valid: an upper bound, known to the host, of the number of labels that are not ignored. It spares the host
+            the wait for the device's own count. With a bound that is too small every log-probability is NaN.
+        compute_dtype: dtype of the products, where it is not to follow from autocast and the inputs.
+        check_labels: also check on an accelerator that the labels are in range, which waits for the device.
+
+    Returns:
+        The labels' log-probabilities in the labels' shape, fp32, 0 where the label is ignored; or :class:`LogProbs`
+        when ``outputs`` names something.
+
+    Raises:
+        TypeError: for a dtype that is not as above, or labels that are not integers.
+        ValueError: for shapes that don't match, an option outside its range, tensors on different devices, and, on the
+            CPU or with ``check_labels``, a label outside [0, V). Elsewhere such a label gives NaN.
+        RuntimeError: in a double backward.
+    """
+    check_loss_options("none", 0.0, 0.0, softcap, temperature)
+    check_head(hidden, weight, bias)
+    check_head_labels(hidden, labels)
+    check_same_device(hidden.device, labels=labels)
+    unknown = set(outputs) - set(LOG_PROB_OUTPUTS)
+    if unknown:
+        raise ValueError(f"outputs must be among {LOG_PROB_OUTPUTS}, got {sorted(unknown)}")
+    if tile_bytes is not None and tile_bytes <= 0:
+        raise ValueError(f"tile_bytes must be above 0, got {tile_bytes}")
+    if cache_bytes is not None and cache_bytes < 0:
+        raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
+    compute_dtype = products_dtype(hidden, weight, compute_dtype)
+    flat_labels = labels.reshape(-1).long()
+    if check_labels or (hidden.device.type == "cpu" and not torch.compiler.is_compiling()):
+        check_labels_in_range(flat_labels, weight.shape[0], ignore_index)
+    if max_valid is None and not torch.compiler.is_compiling():
+        max_valid = int((flat_labels != ignore_index).sum())
+    bound = len(flat_labels) if max_valid is None else min(max_valid, len(flat_labels))
+    spec = RowLoss.of(ignore_index, logit_scale, softcap, temperature, 0.0, 0.0)
+    results = _op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        flat_labels,
+        bias,
+        *spec[:3],
+        compute_dtype,
+        tile_bytes,
+        max_valid,
+        *(name in outputs for name in LOG_PROB_OUTPUTS),
+        _kept_rows(bound, weight, compute_dtype, tile_bytes, cache_bytes),
+    )
+    log_probs, *extra = results
+    if not outputs:
+        return log_probs.view(labels.shape)
+    return LogProbs(
+        log_probs.view(labels.shape),
+        *(each.view(labels.shape) if name in outputs else None for name, each in zip(LOG_PROB_OUTPUTS, extra)),
+    )
