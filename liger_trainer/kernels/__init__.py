@@ -5,9 +5,11 @@ They know nothing of transformers or TRL and serve any PyTorch loop.
 
 from .add_rms_norm import add_rms_norm
 from .cross_entropy import CrossEntropyOutput, cross_entropy
+from .divergence import jsd, kl_div
 from .gated_activation import geglu, swiglu
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_jsd import linear_jsd
 from .linear_log_probs import LOG_PROB_OUTPUTS, LogProbs, linear_log_probs
 from .rms_norm import rms_norm
 from .rotary import rotary
@@ -19,8 +21,11 @@ __all__ = [
     "add_rms_norm",
     "cross_entropy",
     "geglu",
+    "jsd",
+    "kl_div",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_jsd",
     "linear_log_probs",
     "rms_norm",
     "rotary",

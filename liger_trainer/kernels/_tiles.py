@@ -20,6 +20,7 @@ from ._triton import tl, triton
 __all__ = [
     "HeadGradients",
     "Kept",
+    "head_product",
     "partition_rows",
     "plan",
     "run_tiles",
@@ -40,9 +41,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def plan(
-    n_rows: int, weight: Tensor, dtype: torch.dtype, weight_gradient_dtype: torch.dtype | None, tile_bytes: int | None
+    n_rows: int,
+    weight: Tensor,
+    dtype: torch.dtype,
+    weight_gradient_dtype: torch.dtype | None,
+    tile_bytes: int | None,
+    n_heads: int = 1,
 ) -> tuple[int, bool]:
     """(bytes of a tile, whether one tile is to hold all rows), for products in ``dtype``.
+
+    ``n_heads`` is how many tiles of logits exist at a time; together they take ``tile_bytes``.
 
     A gradient of the weight that is rounded in the end accumulates over tiles in a wider buffer, of which every tile
     reads and writes the whole: few and large tiles are fastest. Up to the size of the rounded gradient they cost
@@ -52,12 +60,12 @@ def plan(
     itemsize = dtype.itemsize
     accumulated = accumulation_dtype(dtype).itemsize
     if weight_gradient_dtype is None or weight_gradient_dtype.itemsize >= accumulated:
-        return _TILE_BYTES if tile_bytes is None else tile_bytes, False
+        return (_TILE_BYTES if tile_bytes is None else tile_bytes) // n_heads, False
     gradient_bytes = weight.numel() * weight_gradient_dtype.itemsize
     if tile_bytes is None:
         tile_bytes = max(gradient_bytes, _SMALL_TILE_BYTES)
     most = weight.numel() * accumulated + max(gradient_bytes, tile_bytes)
-    return tile_bytes, n_rows * weight.shape[0] * itemsize + gradient_bytes <= most
+    return tile_bytes // n_heads, n_heads * n_rows * weight.shape[0] * itemsize + gradient_bytes <= most
 
 
 def tiles(n_rows: int, n_classes: int, itemsize: int, tile_bytes: int) -> Iterator[tuple[int, int]]:
@@ -277,17 +285,19 @@ def run_tiles(
     tile_bytes: int | None,
     need: tuple[bool, bool, bool],
     kept: Kept | None = None,
+    n_heads: int = 1,
 ) -> HeadGradients:
     """Make logits a tile at a time, for the first ``n_valid`` rows of the permutation ``rows``, or for all in order.
 
     ``on_tile(logits, row_index, gradient)`` gets (R, V) logits, the (R,) rows that they belong to (None: all N in their
     order), and where a gradient is needed the buffer to write that of the logits to, which is the logits' own unless
-    they were ``kept`` and must not be overwritten.
+    they were ``kept`` and must not be overwritten. ``n_heads`` is how many tiles of logits, this one included, are to
+    share ``tile_bytes``.
     """
     n_classes = weight.shape[0]
     need_weight = need[1]
     tile_bytes, at_once = plan(
-        n_valid, weight, compute_dtype, weight_gradient_dtype if need_weight else None, tile_bytes
+        n_valid, weight, compute_dtype, weight_gradient_dtype if need_weight else None, tile_bytes, n_heads
     )
     weight = weight.to(compute_dtype)
     bias = None if bias is None else bias.to(compute_dtype)

@@ -2,6 +2,7 @@
 
 from .add_rms_norm import LigerFusedAddRMSNorm
 from .cross_entropy import LigerCrossEntropyLoss
+from .divergence import LigerFusedLinearJSD, LigerJSD, LigerKLDIVLoss
 from .layer_norm import LigerLayerNorm
 from .linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 from .mlp import LigerGEGLUMLP, LigerSwiGLUMLP
@@ -12,7 +13,10 @@ __all__ = [
     "LigerCrossEntropyLoss",
     "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
+    "LigerFusedLinearJSD",
     "LigerGEGLUMLP",
+    "LigerJSD",
+    "LigerKLDIVLoss",
     "LigerLayerNorm",
     "LigerRMSNorm",
     "LigerSwiGLUMLP",

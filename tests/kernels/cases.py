@@ -13,8 +13,11 @@ from liger_trainer.kernels import (
     add_rms_norm,
     cross_entropy,
     geglu,
+    jsd,
+    kl_div,
     layer_norm,
     linear_cross_entropy,
+    linear_jsd,
     linear_log_probs,
     rms_norm,
     rotary,
@@ -168,6 +171,39 @@ def _head(
     return inputs
 
 
+def _two_heads(*, frozen: bool = False, biases: bool = False, token_weights: bool = False, padded: int = 0) -> Inputs:
+    def inputs(make: Maker, sizes: Sizes) -> dict[str, Any]:
+        of_student = _head(frozen=frozen, bias=biases, token_weights=token_weights)(make, sizes)
+        arguments = {
+            **{f"student_{name}": of_student.pop(name) for name in ("hidden", "weight", "bias") if name in of_student},
+            **of_student,
+            "teacher_hidden": make.normal(2, sizes.tokens, sizes.width + 3),
+            "teacher_weight": make.normal(sizes.classes + padded, sizes.width + 3),
+        }
+        arguments["tile_bytes"] *= 2
+        return {**arguments, "teacher_bias": make.normal(sizes.classes + padded)} if biases else arguments
+
+    return inputs
+
+
+def _two_logits(log_target: bool | None = None, labels: bool = False) -> Inputs:
+    """Two models' logits; or with ``log_target``, log-probabilities and the target's, or its probabilities."""
+
+    def inputs(make: Maker, sizes: Sizes) -> dict[str, Any]:
+        shape = 2, sizes.tokens, sizes.classes
+        student, teacher = make.leaf(*shape), make.normal(*shape)
+        if log_target is not None:
+            student = make.layout(student.detach().log_softmax(-1)).requires_grad_()
+            return {
+                "input": student,
+                "target": make.layout(teacher.log_softmax(-1) if log_target else teacher.softmax(-1)),
+            }
+        arguments = {"student_logits": student, "teacher_logits": teacher}
+        return {**arguments, "labels": make.labels(*shape[:-1], classes=sizes.classes)} if labels else arguments
+
+    return inputs
+
+
 @dataclass(frozen=True)
 class Call:
     """An op with all its arguments."""
@@ -286,6 +322,17 @@ CASES = [
         "outputs-softcap-bias",
     ),
     Case(linear_log_probs, _head(frozen=True), {"outputs": ("entropy", "mean_logits")}, "outputs-frozen"),
+    Case(linear_jsd, _two_heads(padded=6)),
+    Case(linear_jsd, _two_heads(biases=True), {"beta": 0, "student_softcap": 3.0, "teacher_softcap": 2.0}, "forward"),
+    Case(linear_jsd, _two_heads(token_weights=True), {"beta": 1, "temperature": 1.7}, "reverse-token_weights"),
+    Case(linear_jsd, _two_heads(frozen=True), {"reduction": "sum"}, "sum-frozen"),
+    Case(linear_jsd, _two_heads(token_weights=True), {"beta": 0.2, "reduction": "none"}, "none-token_weights"),
+    Case(linear_jsd, _two_heads(frozen=True), {"reduction": "none"}, "none-frozen"),
+    Case(jsd, _two_logits(labels=True)),
+    Case(jsd, _two_logits(), {"beta": 0, "temperature": 0.7, "reduction": "sum"}, "forward-sum"),
+    Case(jsd, _two_logits(labels=True), {"beta": 1, "reduction": "none"}, "none-reverse"),
+    Case(kl_div, _two_logits(log_target=False), {"reduction": "batchmean"}, "batchmean"),
+    Case(kl_div, _two_logits(log_target=True), {"log_target": True}, "mean-log_target"),
 ]
 
 

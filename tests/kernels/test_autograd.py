@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from liger_trainer.kernels import cross_entropy, linear_cross_entropy, linear_log_probs
+from liger_trainer.kernels import cross_entropy, jsd, kl_div, linear_cross_entropy, linear_jsd, linear_log_probs
 
 from .cases import CASES, MINIMAL, bits, ids, run, strided
 from .helpers import assert_close_to_reference
 from .loss_reference import assert_product_close
 
-LOSSES = (cross_entropy, linear_cross_entropy)
-HEADS = (linear_cross_entropy, linear_log_probs)  # matrix products, whose operands are rounded
+LOSSES = (cross_entropy, jsd, kl_div, linear_cross_entropy, linear_jsd)
+HEADS = (linear_cross_entropy, linear_jsd, linear_log_probs)  # matrix products, whose operands are rounded
 every_case = pytest.mark.parametrize("case", CASES, ids=ids)
 dense_and_strided = pytest.mark.parametrize("layout", [Tensor.contiguous, strided], ids=["dense", "strided"])
 

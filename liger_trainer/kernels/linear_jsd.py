@@ -1,0 +1,378 @@
+"""Divergence between a student's and a teacher's next tokens without either's logits, for distillation.
+
+Both models' logits exist a tile of rows at a time, side by side. As the loss is a known reduction, the student's
+gradient is formed in the forward in the place of its logits, so that there are four matrix products in all: one for the
+teacher, three for the student. Rows whose label is ignored take part in none of them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import check_head, check_head_labels, check_loss_options, check_same_device
+from ._divergence_rows import Divergence, divergence_rows
+from ._dtypes import accumulation_dtype, gradient_dtype, products_dtype
+from ._library import define, define_differentiable, refuse_double_backward
+from ._reduction import loss_scale, row_weights
+from ._softmax_loss import RowLoss
+from ._tiles import head_product, partition_rows, run_tiles, without_autocast
+from .linear_cross_entropy import FP16_GRADIENT_SCALE, finish
+
+__all__ = ["check_beta", "linear_jsd"]
+
+
+def check_beta(beta: float) -> None:
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+
+
+class _Teacher:
+    """Makes the teacher's logits of a tile of rows, and what becomes of the two models' logits."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, options: dict[str, Any]
+    ) -> None:
+        self.hidden, self.weight = hidden, weight.to(compute_dtype)
+        self.bias = None if bias is None else bias.to(compute_dtype)
+        self.buffer: Tensor | None = None
+        self.options = options
+
+    def on_tile(self, student: Tensor, rows: Tensor | None, gradient: Tensor | None) -> None:
+        hidden = self.hidden if rows is None else self.hidden.index_select(0, rows)
+        if self.buffer is None:  # the first tile is the longest
+            self.buffer = torch.empty(student.shape, dtype=self.weight.dtype, device=student.device)
+        teacher = self.buffer[: len(student)]
+        head_product(hidden.to(self.weight.dtype), self.weight, self.bias, teacher)
+        divergence_rows(student, teacher, rows=rows, gradient=gradient, **self.options)
+
+
+def _make_forward(use_kernel: bool) -> Any:
+    def forward(
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor,
+        student_bias: Tensor | None,
+        teacher_bias: Tensor | None,
+        token_weights: Tensor | None,
+        num_items: Tensor | None,
+        divisor: float | None,
+        reduction: str,
+        ignore_index: int,
+        beta: float,
+        student_inner: float,
+        student_outer: float,
+        teacher_inner: float,
+        teacher_outer: float,
+        student_dtype: torch.dtype,
+        teacher_dtype: torch.dtype,
+        tile_bytes: int | None,
+        max_valid: int | None,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+        weight_gradient_dtype: torch.dtype,
+    ) -> tuple[Tensor, ...]:
+        dtype = accumulation_dtype(student_dtype)
+        rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
+        token_loss = torch.zeros(len(labels), dtype=dtype, device=student_hidden.device)
+        scale = loss_scale(
+            labels,
+            mean=reduction == "mean",
+            weights=row_weights(labels, ignore_index, token_weights, None, dtype),
+            divisor_tensor=num_items,
+            divisor=divisor,
+            ignore_index=ignore_index,
+            n_processed=n_valid,
+            dtype=dtype,
+            use_kernel=use_kernel,
+        )
+        half = student_dtype == torch.float16
+        options = {
+            "labels": labels,
+            "spec": Divergence(ignore_index, beta, student_inner, student_outer, teacher_inner, teacher_outer),
+            "token_weights": token_weights,
+            "token_loss": token_loss,
+            "scale": None if half else scale,
+            "gradient_scale": FP16_GRADIENT_SCALE if half else 1.0,
+            "use_kernel": use_kernel,
+        }
+        with without_autocast(student_hidden):
+            teacher = _Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype, options)
+            gradients = run_tiles(
+                student_hidden,
+                student_weight,
+                student_bias,
+                teacher.on_tile,
+                rows=rows,
+                n_valid=n_valid,
+                compute_dtype=student_dtype,
+                weight_gradient_dtype=weight_gradient_dtype,
+                tile_bytes=tile_bytes,
+                need=(need_hidden, need_weight, need_bias),
+                n_heads=2,
+            )
+        if reduction == "none":
+            loss = torch.where(scale.isnan(), torch.nan, token_loss)
+        else:
+            loss = token_loss.sum() * scale
+        return loss, token_loss, scale, gradients.hidden, gradients.weight, gradients.bias
+
+    return forward
+
+
+def _fake_forward(student_hidden: Tensor, student_weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    options = _Options(*arguments[:-4])
+    need_hidden, need_weight, need_bias, weight_gradient_dtype = arguments[-4:]
+    dtype = accumulation_dtype(options.student_dtype)
+    rows = student_hidden.new_empty(options.labels.shape, dtype=dtype)
+    scalar = rows.new_empty(())
+    hidden_shape = student_hidden.shape if need_hidden else (0,)
+    return (
+        torch.empty_like(rows if options.reduction == "none" else scalar),
+        rows,
+        scalar,
+        student_hidden.new_empty(hidden_shape, dtype=options.student_dtype),
+        student_hidden.new_empty(student_weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
+        student_hidden.new_empty(student_weight.shape[:1] if need_bias else (0,), dtype=dtype),
+    )
+
+
+class _Options(NamedTuple):
+    """The op's arguments behind its first two."""
+
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    token_weights: Tensor | None
+    num_items: Tensor | None
+    divisor: float | None
+    reduction: str
+    ignore_index: int
+    beta: float
+    student_inner: float
+    student_outer: float
+    teacher_inner: float
+    teacher_outer: float
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    tile_bytes: int | None
+    max_valid: int | None
+
+
+_ARGUMENTS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor labels, "
+    "Tensor? student_bias, Tensor? teacher_bias, Tensor? token_weights, Tensor? num_items, float? divisor, "
+    "str reduction, int ignore_index, float beta, float student_inner, float student_outer, float teacher_inner, "
+    "float teacher_outer, ScalarType student_dtype, ScalarType teacher_dtype, int? tile_bytes, SymInt? max_valid"
+)
+_forward = define(
+    f"linear_jsd_forward({_ARGUMENTS}, bool need_hidden, bool need_weight, bool need_bias, "
+    "ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_make_forward(True),
+    reference=_make_forward(False),
+    fake=_fake_forward,
+    tags=(torch.Tag.cudagraph_unsafe,),  # the host may wait for the number of labels
+)
+
+
+class _LinearJSD(torch.autograd.Function):
+    """Gradients of a reduced loss wait, formed, for the one factor that is still to come."""
+
+    @staticmethod
+    def forward(ctx: Any, student_hidden: Tensor, student_weight: Tensor, *arguments: Any) -> Any:
+        options = _Options(*arguments)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_bias = options.student_bias is not None and ctx.needs_input_grad[5]
+        ctx.per_row = options.reduction == "none"
+        # The sum over rows in the weight's gradient can't take an upstream gradient a row later: there all is computed
+        # again in the backward, the upstream gradient being the tokens' weights.
+        ctx.again = ctx.per_row and (need_weight or need_bias)
+        bias_dtype = None if options.student_bias is None else options.student_bias.dtype
+        ctx.dtypes = (student_hidden.dtype, gradient_dtype(student_weight), bias_dtype)
+        half = options.student_dtype == torch.float16  # rounded only after its factor
+        ctx.need = (need_hidden, need_weight, need_bias, torch.float32 if half else ctx.dtypes[1])
+        need = (False, False, False, ctx.need[3]) if ctx.again else ctx.need
+        loss, token_loss, scale, *gradients = _forward(student_hidden, student_weight, *options, *need)
+        ctx.mark_non_differentiable(token_loss)
+        ctx.set_materialize_grads(False)
+        if ctx.again:
+            ctx.save_for_backward(student_hidden, student_weight, *options[:7])
+        else:
+            ctx.save_for_backward(scale, *gradients)
+        tensors = dict.fromkeys(_Options._fields[:7])
+        ctx.options = options._replace(**tensors)  # type: ignore[arg-type]
+        return loss, token_loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_jsd")
+        options: _Options = ctx.options
+        rest = (None,) * len(options)
+        if upstream is None:
+            return (None, None, *rest)
+        half = options.student_dtype == torch.float16
+        factor = row_scale = None
+        if ctx.again:
+            student_hidden, student_weight, *tensors = ctx.saved_tensors
+            again = _Options(*tensors, *options[7:])
+            weights = upstream if again.token_weights is None else upstream * again.token_weights
+            if half:  # what may be as small as 1/N waits outside
+                factor = weights.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+                weights, factor = weights / factor, factor / FP16_GRADIENT_SCALE
+            again = again._replace(token_weights=weights, num_items=None, divisor=None, reduction="sum")
+            gradients = _forward(student_hidden, student_weight, *again, *ctx.need)[3:]
+        else:
+            scale, *gradients = ctx.saved_tensors
+            factor = None if ctx.per_row else upstream
+            row_scale = upstream if ctx.per_row else None
+            if half:
+                factor = (1 if factor is None else factor) * scale / FP16_GRADIENT_SCALE
+        finished = [
+            finish(gradient, dtype, factor, row_scale) if needed else None
+            for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.need)
+        ]
+        return (*finished[:2], None, None, None, finished[2], *rest[4:])
+
+
+def _differentiable(student_hidden: Tensor, student_weight: Tensor, *arguments: Any) -> Any:
+    bias = arguments[3]
+    if torch.is_grad_enabled() and (
+        student_hidden.requires_grad or student_weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _LinearJSD.apply(student_hidden, student_weight, *arguments)
+    return _forward(student_hidden, student_weight, *arguments, False, False, False, student_weight.dtype)[:2]
+
+
+_op = define_differentiable(f"linear_jsd({_ARGUMENTS}) -> (Tensor, Tensor)", _differentiable)
+
+
+def linear_jsd(
+    student_hidden: Tensor,  # (*, Hs)
+    student_weight: Tensor,  # (Vs, Hs)
+    teacher_hidden: Tensor,  # (*, Ht)
+    teacher_weight: Tensor,  # (Vt, Ht)
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,  # (*)
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: Tensor | float | None = None,
+    token_weights: Tensor | None = None,  # (*)
+    student_bias: Tensor | None = None,  # (Vs,)
+    teacher_bias: Tensor | None = None,  # (Vt,)
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    tile_bytes: int | None = None,
+    max_valid: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence of a student from a teacher, without either's logits.
+
+    With ``s`` and ``t`` the softmaxes of student's and teacher's logits (each scaled and soft-capped as in
+    :func:`linear_cross_entropy`, then divided by ``temperature``) and ``m = (1 - beta) s + beta t``, a token's loss is
+    ``beta KL(t || m) + (1 - beta) KL(s || m)``, for ``beta=0`` the forward divergence ``KL(t || s)``, for ``beta=1``
+    the reverse one, ``KL(s || t)`` (Agarwal et al., 2024, https://arxiv.org/abs/2306.13649; TRL's
+    ``GKDTrainer.generalized_jsd_loss`` and Liger-Kernel's ``LigerFusedLinearJSD`` have the same definition, so that
+    near both ends the divergence vanishes as ``beta`` or ``1 - beta`` but at the ends does not; Liger-Kernel's
+    ``LigerFusedLinearJSDLoss`` multiplies by another factor, see :mod:`liger_trainer.alignment_losses.jsd`). No factor
+    of ``temperature**2`` is applied. Gradients flow to the student alone.
+
+    Memory besides inputs and gradients: two tiles that together take ``tile_bytes``, and the fp32 buffer of
+    :func:`linear_cross_entropy` for the weight's gradient.
+
+    Args:
+        student_hidden: (\\*, Hs), floating point.
+        student_weight: (Vs, Hs), of the same dtype outside of autocast.
+        teacher_hidden: (\\*, Ht); the teacher's tensors may have a dtype of their own.
+        teacher_weight: (Vt, Ht). Where Vs and Vt differ, one head being padded to a round number, the rows beyond the
+            smaller of them take no part in either softmax.
+        beta: in [0, 1].
+        temperature: above 0.
+        labels: (\\*), already shifted; only tells by ``ignore_index`` which rows to leave out. None takes all.
+        reduction: ``"mean"`` over the labels not ignored (over their weights, with ``token_weights``), ``"sum"``, or
+            ``"none"`` for hidden's shape without its last dimension, which takes any upstream gradient at the price of
+            two more products where the weight wants one.
+        num_items: divides the sum instead, for ``"mean"`` over gradient-accumulation steps; a number or a 0-dim tensor.
+        token_weights: (\\*) factors of the tokens' losses; no gradient flows to them.
+        student_bias, teacher_bias: (Vs,) and (Vt,), or None.
+        student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: of the models' logits.
+        tile_bytes: bound of the two tiles of logits together, in bytes; None chooses as :func:`linear_cross_entropy`.
+        max_valid: an upper bound, known to the host, of the number of labels that are not ignored. With a bound that is
+            too small the loss is NaN.
+        compute_dtype: dtype of both models' products, where it is not to follow from autocast and the inputs.
+
+    Returns:
+        The loss in fp32 (float64 for float64 students), () or hidden's shape without its last dimension.
+
+    Raises:
+        TypeError: for a dtype that is not as above.
+        ValueError: for shapes that don't match, an option outside its range, tensors on different devices.
+        RuntimeError: in a double backward.
+    """
+    check_beta(beta)
+    check_loss_options(reduction, 0.0, 0.0, student_softcap, temperature)
+    check_loss_options(reduction, 0.0, 0.0, teacher_softcap, temperature)
+    check_head(student_hidden, student_weight, student_bias, "student_")
+    check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_")
+    shape, device = student_hidden.shape[:-1], student_hidden.device
+    if teacher_hidden.shape[:-1] != shape:
+        raise ValueError(
+            f"teacher_hidden must have student_hidden's shape but for its last dimension, {tuple(shape)}; "
+            f"got {tuple(teacher_hidden.shape[:-1])}"
+        )
+    if labels is None:
+        labels = torch.zeros(shape, dtype=torch.long, device=device)
+        max_valid = labels.numel()
+    check_head_labels(student_hidden, labels)
+    if token_weights is not None and token_weights.shape != shape:
+        raise ValueError(f"token_weights must have shape {tuple(shape)}, got {tuple(token_weights.shape)}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items divides the sum of the losses and goes with reduction='mean', got {reduction!r}")
+    if tile_bytes is not None and tile_bytes <= 0:
+        raise ValueError(f"tile_bytes must be above 0, got {tile_bytes}")
+    if isinstance(num_items, (int, float)) and torch.compiler.is_compiling():
+        num_items = torch.ones((), dtype=torch.float32, device=device) * num_items  # a number would be a new graph's
+    divisor = None if num_items is None or isinstance(num_items, Tensor) else float(num_items)
+    if divisor is not None and not divisor > 0:
+        raise ValueError(f"num_items must be above 0, got {num_items}")
+    items = num_items if isinstance(num_items, Tensor) else None
+    check_same_device(
+        device, labels=labels, teacher_hidden=teacher_hidden, token_weights=token_weights, num_items=items
+    )
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        n_classes = min(student_weight.shape[0], teacher_weight.shape[0])
+        student_weight, teacher_weight = student_weight[:n_classes], teacher_weight[:n_classes]
+        student_bias = None if student_bias is None else student_bias[:n_classes]
+        teacher_bias = None if teacher_bias is None else teacher_bias[:n_classes]
+    student_spec = RowLoss.of(ignore_index, student_logit_scale, student_softcap, temperature, 0.0, 0.0)
+    teacher_spec = RowLoss.of(ignore_index, teacher_logit_scale, teacher_softcap, temperature, 0.0, 0.0)
+    loss, _ = _op(
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        student_weight,
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_weight.detach(),
+        labels.reshape(-1).long(),
+        student_bias,
+        None if teacher_bias is None else teacher_bias.detach(),
+        None if token_weights is None else token_weights.detach().reshape(-1),
+        items,
+        divisor,
+        reduction,
+        ignore_index,
+        float(beta),
+        *student_spec[1:3],
+        *teacher_spec[1:3],
+        products_dtype(student_hidden, student_weight, compute_dtype),
+        products_dtype(teacher_hidden, teacher_weight, compute_dtype),
+        tile_bytes,
+        max_valid,
+    )
+    return loss.view(shape) if reduction == "none" else loss
