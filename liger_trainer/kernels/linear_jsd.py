@@ -279,10 +279,10 @@ def linear_jsd(
     With ``s`` and ``t`` the softmaxes of student's and teacher's logits (each scaled and soft-capped as in
     :func:`linear_cross_entropy`, then divided by ``temperature``) and ``m = (1 - beta) s + beta t``, a token's loss is
     ``beta KL(t || m) + (1 - beta) KL(s || m)``, for ``beta=0`` the forward divergence ``KL(t || s)``, for ``beta=1``
-    the reverse one, ``KL(s || t)`` (Agarwal et al., 2024, https://arxiv.org/abs/2306.13649; TRL's
-    ``GKDTrainer.generalized_jsd_loss`` and Liger-Kernel's ``LigerFusedLinearJSD`` have the same definition, so that
-    near both ends the divergence vanishes as ``beta`` or ``1 - beta`` but at the ends does not; Liger-Kernel's
-    ``LigerFusedLinearJSDLoss`` multiplies by another factor, see :mod:`liger_trainer.alignment_losses.jsd`). No factor
+    the reverse one, ``KL(s || t)`` (Agarwal et al., 2024, https://arxiv.org/abs/2306.13649). So have it TRL's
+    ``GKDTrainer.generalized_jsd_loss`` and Liger-Kernel's ``LigerFusedLinearJSD``; towards the ends the divergence
+    vanishes as ``beta`` or ``1 - beta`` does, at the ends it does not. Liger-Kernel's ``LigerFusedLinearJSDLoss`` has
+    had versions with the mixture's weights exchanged, see :mod:`liger_trainer.alignment_losses.jsd`. No factor
     of ``temperature**2`` is applied. Gradients flow to the student alone.
 
     Memory besides inputs and gradients: two tiles that together take ``tile_bytes``, and the fp32 buffer of

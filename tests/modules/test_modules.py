@@ -153,9 +153,9 @@ def test_rotary():
         liger_rotary_pos_emb(q, k, cos, sin, rotary_dim=6)
 
 
-def test_kernels_and_modules_import_neither_transformers_nor_trl():
+def test_kernels_modules_and_losses_import_neither_transformers_nor_trl():
     code = (
-        "import sys, liger_trainer.kernels, liger_trainer.modules;"
+        "import sys, liger_trainer.kernels, liger_trainer.modules, liger_trainer.alignment_losses;"
         "sys.exit(' '.join({'transformers', 'trl', 'accelerate', 'peft'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
