@@ -171,7 +171,7 @@ def length_desensitized_log_probs(
     lengths = mask.sum(-1)
     shared = torch.minimum(*lengths.chunk(2)).repeat(2)
     tail = mask.cumsum(-1) > shared.unsqueeze(-1)
-    return (log_probs * mask * torch.where(tail, alpha, 1.0)).sum(-1)
+    return (log_probs * mask * (1 + (alpha - 1) * tail.to(log_probs.dtype))).sum(-1)
 
 
 def wpo_weights(

@@ -136,7 +136,7 @@ def test_several_types_with_weights():
 
 
 def test_references_given_absent_or_to_be_scored():
-    head, reference, labels = make_head(2 * B), make_head(2 * B, 1, trained=False), make_labels(2 * B)
+    head, reference, labels = make_head(2 * B), make_head(2 * B, 1), make_labels(2 * B)
     scored, _ = LigerFusedLinearDPOLoss()(
         head.weight,
         head.hidden,
@@ -146,7 +146,8 @@ def test_references_given_absent_or_to_be_scored():
         ref_weight=reference.weight,
         ref_bias=reference.bias,
     )
-    ref_logps = reference.fused(labels).log_probs.sum(-1)
+    assert all(each is None for each in torch.autograd.grad(scored, reference, retain_graph=True, allow_unused=True))
+    ref_logps = reference.fused(labels).log_probs.sum(-1).detach()
     given, _ = LigerFusedLinearDPOLoss()(head.weight, head.hidden, labels, head.bias, ref_logps=ref_logps)
     torch.testing.assert_close(scored, given)
     absent, (chosen, rejected, *_) = LigerFusedLinearDPOLoss(use_ref_model=False)(
