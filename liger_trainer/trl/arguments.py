@@ -1,0 +1,31 @@
+"""Configs of TRL's trainers with ``use_liger``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..arguments import LigerArguments
+
+__all__ = ["LigerTRLArguments"]
+
+
+@dataclass
+class LigerTRLArguments(LigerArguments):
+    """The fields that liger_trainer adds to the configs of TRL's trainers.
+
+    Attributes:
+        use_liger, liger_config: as :class:`liger_trainer.LigerArguments`; the option ``tile_bytes`` bounds the tiles of
+            logits of the loss as well.
+        logits_cache_bytes: how many bytes of logits may wait from forward to backward instead of being recomputed, see
+            ``cache_bytes`` of :func:`liger_trainer.kernels.linear_log_probs`. None chooses.
+    """
+
+    logits_cache_bytes: int | None = field(
+        default=None,
+        metadata={"help": "Bytes of logits that may wait from forward to backward instead of being recomputed."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.logits_cache_bytes is not None and self.logits_cache_bytes < 0:
+            raise ValueError(f"logits_cache_bytes must be at least 0, got {self.logits_cache_bytes}")
+        super().__post_init__()

@@ -1,0 +1,118 @@
+"""What turns a trainer of TRL into one whose losses build no logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import unwrap_peft_model
+
+from .._environment import disabled
+from ..arguments import LigerArguments
+from ..callback import LigerCallback
+from ..patching import apply_liger_kernel
+from .fused_forward import HeadOptions, install, trl_options
+
+__all__ = ["LigerLossMixin", "apply_liger_loss"]
+
+
+def _causal_lm(model: nn.Module) -> nn.Module:
+    """The model of transformers inside wrappers of accelerate and peft."""
+    return unwrap_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
+
+
+def _head_options(trainer: Trainer, options: HeadOptions) -> HeadOptions:
+    config = (trainer.args.liger_options() if isinstance(trainer.args, LigerArguments) else None) or {}
+    return replace(
+        options,
+        tile_bytes=config.get("tile_bytes"),
+        cache_bytes=getattr(trainer.args, "logits_cache_bytes", None),
+    )
+
+
+def apply_liger_loss(trainer: Trainer) -> Trainer:
+    """Have a TRL trainer that exists already compute its loss without logits, and return it.
+
+    Replaces what stands behind the fused head that TRL's SFT, DPO, KTO, GRPO and RLOO trainers, and subclasses of
+    them, gave to their policy and reference. The trainer's own code runs unchanged on top. The layers are another
+    matter: :func:`liger_trainer.apply_liger_kernel`. Under ``LIGER_TRAINER_DISABLE=1`` nothing happens.
+
+    Raises:
+        ValueError: the trainer's model has no fused head of TRL's, or a head that can't be deferred. Nothing is
+            replaced then.
+    """
+    if disabled():
+        return trainer
+    models = [_causal_lm(trainer.model)]
+    if isinstance(getattr(trainer, "ref_model", None), nn.Module):
+        models.append(_causal_lm(trainer.ref_model))
+    found = [(model, trl_options(model)) for model in models]
+    for model, fused in found:
+        if fused is None:
+            raise ValueError(
+                f"{type(trainer).__name__} gave its {type(model).__name__} no fused LM head. Use "
+                "liger_trainer.trl's trainer of its kind, if there is one."
+            )
+    originals = [vars(model).get("forward") for model in models]
+    try:
+        for model, fused in found:
+            assert fused is not None
+            original, options = fused
+            install(model, _head_options(trainer, options), original, trainer.accelerator.autocast)
+    except BaseException:
+        for model, forward in zip(models, originals, strict=True):
+            model.forward = forward  # type: ignore[method-assign]
+        raise
+    return trainer
+
+
+class LigerLossMixin:
+    """Base of the trainers of this package, before the one of TRL's.
+
+    The layers of the policy are patched in ``Trainer.__init__``, as by :class:`liger_trainer.LigerTrainer`; when TRL's
+    own ``__init__`` is through, its loss is replaced by :meth:`replace_loss`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        asked = trainer.args.use_liger if isinstance(trainer.args, LigerArguments) else True
+        self.uses_liger_loss = asked and not disabled()
+        if not self.uses_liger_loss:
+            return
+        if not isinstance(trainer.args, LigerArguments) and not any(
+            isinstance(each, LigerCallback) for each in trainer.callback_handler.callbacks
+        ):
+            callback = LigerCallback()
+            trainer.add_callback(callback)
+            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        for model in self.references():
+            options = trainer.args.liger_options() if isinstance(trainer.args, LigerArguments) else {}
+            apply_liger_kernel(model, **{**(options or {}), "fused_linear_cross_entropy": False})
+        self.replace_loss()
+
+    def references(self) -> list[nn.Module]:
+        """The models beside the policy whose layers are to be patched: those that are not sharded yet."""
+        trainer: Any = self
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return []
+        models = [getattr(trainer, name, None) for name in ("ref_model", "teacher_model")]
+        return [_causal_lm(each) for each in models if isinstance(each, nn.Module)]
+
+    def replace_loss(self) -> None:
+        """Install the loss that builds no logits."""
+        apply_liger_loss(self)  # type: ignore[arg-type]
+
+    def memory_options(self) -> dict[str, int | None]:
+        """``tile_bytes`` and ``cache_bytes`` of the losses."""
+        options = _head_options(self, HeadOptions())  # type: ignore[arg-type]
+        return {"tile_bytes": options.tile_bytes, "cache_bytes": options.cache_bytes}
+
+    def install_heads(self, *models: nn.Module) -> None:
+        """Give models that TRL gave no fused head a forward that can do without logits."""
+        trainer: Any = self
+        for model in models:
+            install(_causal_lm(model), _head_options(trainer, HeadOptions()), None, trainer.accelerator.autocast)
