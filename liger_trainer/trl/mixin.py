@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +18,14 @@ from ..arguments import LigerArguments
 from ..callback import LigerCallback
 from ..patching import apply_liger_kernel
 from .fused_forward import HeadOptions, install, trl_options
+
+try:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+except ImportError:  # then no head has an adapter
+
+    class BaseTunerLayer:  # type: ignore[no-redef]
+        pass
+
 
 __all__ = ["LigerLossMixin", "apply_liger_loss"]
 
@@ -69,6 +80,24 @@ def apply_liger_loss(trainer: Trainer) -> Trainer:
     return trainer
 
 
+class _NoTunerLayer:
+    """Stands in for peft's ``BaseTunerLayer`` where TRL asks whether a head is one."""
+
+
+@contextmanager
+def _adapters_allowed_on_heads(trainer: type) -> Iterator[None]:
+    """Lift, while a trainer is made, TRL's refusal of adapters on the head, which its own loss would ignore."""
+    modules = {sys.modules[each.__module__] for each in trainer.__mro__ if each.__module__.startswith("trl.trainer.")}
+    refusing = [module for module in modules if hasattr(module, "BaseTunerLayer")]
+    for module in refusing:
+        module.BaseTunerLayer = _NoTunerLayer  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in refusing:
+            module.BaseTunerLayer = BaseTunerLayer  # type: ignore[attr-defined]
+
+
 class LigerLossMixin:
     """Base of the trainers of this package, before the one of TRL's.
 
@@ -77,11 +106,17 @@ class LigerLossMixin:
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with _adapters_allowed_on_heads(type(self)):
+            super().__init__(*args, **kwargs)
         trainer: Any = self
         asked = trainer.args.use_liger if isinstance(trainer.args, LigerArguments) else True
         self.uses_liger_loss = asked and not disabled()
         if not self.uses_liger_loss:
+            if isinstance(_causal_lm(trainer.model).get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
+                raise ValueError(
+                    f"{type(self).__name__} trains an adapter on the LM head with use_liger=True alone, since TRL's "
+                    "own loss would ignore it. Set use_liger=True, or take the head out of target_modules."
+                )
             return
         if not isinstance(trainer.args, LigerArguments) and not any(
             isinstance(each, LigerCallback) for each in trainer.callback_handler.callbacks

@@ -1,0 +1,95 @@
+"""ORPO, CPO, SimPO and GKD: five steps of ours beside TRL's own, which builds the logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from beside_trl import pairs, run_beside, tokenizer, words
+from datasets import Dataset
+from tiny_models import tiny_llama
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from liger_trainer.trl import (
+    LigerCPOConfig,
+    LigerCPOTrainer,
+    LigerGKDConfig,
+    LigerGKDTrainer,
+    LigerORPOConfig,
+    LigerORPOTrainer,
+    LigerSimPOConfig,
+    LigerSimPOTrainer,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::trl.import_utils.TRLExperimentalWarning")
+CPO = (LigerCPOTrainer, CPOTrainer), (LigerCPOConfig, CPOConfig)
+
+
+def test_orpo(tmp_path):
+    run_beside((LigerORPOTrainer, ORPOTrainer), (LigerORPOConfig, ORPOConfig), pairs(), tmp_path, max_length=16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "sigmoid"},
+        {"loss_type": "hinge", "cpo_alpha": 0.0},
+        {"loss_type": "ipo"},
+        {"loss_type": "alphapo", "alpha": 0.2, "label_smoothing": 0.1},
+    ],
+    ids=lambda options: options["loss_type"],
+)
+def test_cpo(tmp_path, options):
+    run_beside(*CPO, pairs(), tmp_path, max_length=16, **options)
+
+
+def test_simpo(tmp_path):
+    def stock_config(**options):
+        return CPOConfig(loss_type="simpo", cpo_alpha=0.0, **options)
+
+    stock_config.__dataclass_fields__ = CPOConfig.__dataclass_fields__
+    run_beside((LigerSimPOTrainer, CPOTrainer), (LigerSimPOConfig, stock_config), pairs(), tmp_path, max_length=16)
+
+
+def chats(count: int = 20) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": words(generator, 3 + i % 3)},
+                {"role": "assistant", "content": words(generator, 4 + i % 5)},
+            ]
+        }
+        for i in range(count)
+    ]
+    return Dataset.from_list(rows)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w5 ' if m.role == 'user' else 'w6 ' }}{{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}w6 {% endif %}"
+)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_gkd(tmp_path, monkeypatch, beta):
+    import beside_trl
+
+    def with_template():
+        made = tokenizer()
+        made.chat_template = TEMPLATE
+        return made
+
+    monkeypatch.setattr(beside_trl, "tokenizer", with_template)
+    run_beside(
+        (LigerGKDTrainer, GKDTrainer),
+        (LigerGKDConfig, GKDConfig),
+        chats(),
+        tmp_path,
+        trainer_options=lambda: {"teacher_model": tiny_llama(1, hidden_size=48, num_hidden_layers=1)},
+        transposed_width=48,
+        lmbda=0.0,
+        beta=beta,
+        max_length=16,
+    )

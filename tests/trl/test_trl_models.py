@@ -1,0 +1,237 @@
+"""What a model may be: adapters anywhere, tied, soft-capped, scaled, a mixture; and what can't work says so."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from beside_trl import arguments, assert_same_run, pairs, run_beside, tokenizer
+from peft import LoraConfig, PromptTuningConfig, TaskType
+from tiny_models import VOCAB, tiny_llama
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from trl import DPOConfig, DPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from liger_trainer.trl import LigerDPOConfig, LigerDPOTrainer, LigerORPOConfig, LigerORPOTrainer, apply_liger_loss
+from liger_trainer.trl.mixin import _adapters_allowed_on_heads
+
+DPO = (LigerDPOTrainer, DPOTrainer), (LigerDPOConfig, DPOConfig)
+ORPO = (LigerORPOTrainer, ORPOTrainer), (LigerORPOConfig, ORPOConfig)
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+MODELS = {
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 3.0}),
+    "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 2.5}),
+    "cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.3}),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {"num_local_experts": 3, "output_router_logits": True, "router_aux_loss_coef": 0.05},
+    ),
+    "tied": (None, None, {"tie_word_embeddings": True}),
+}
+
+
+def make(name):
+    cls, config, options = MODELS[name]
+    if cls is None:
+        return lambda: tiny_llama(**options)
+
+    def build():
+        torch.manual_seed(0)
+        return cls(config(**{**SMALL, **options}))
+
+    return build
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dpo_of_models(tmp_path, name):
+    def reference():
+        torch.manual_seed(1)
+        return {"ref_model": make(name)()}
+
+    run_beside(*DPO, pairs(), tmp_path, model=make(name), trainer_options=reference)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+def test_orpo_of_models(tmp_path, name):
+    run_beside(*ORPO, pairs(), tmp_path, model=make(name), max_length=16)
+
+
+ADAPTERS = {
+    "layers": {"target_modules": ["q_proj", "up_proj"]},
+    "head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def adapter(options):
+    return {"peft_config": LoraConfig(r=4, lora_alpha=8, task_type=TaskType.CAUSAL_LM, **options)}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_dpo_with_adapters(tmp_path, name):
+    run_beside(*DPO, pairs(), tmp_path, trainer_options=lambda: adapter(ADAPTERS[name]))
+
+
+def test_dpo_with_prompt_tuning(tmp_path):
+    def options():
+        return {
+            "peft_config": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3),
+        }
+
+    run_beside(*DPO, pairs(), tmp_path, trainer_options=options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_orpo_with_an_adapter_on_the_head(tmp_path, dropout):
+    """TRL's fused head reads the base weight alone; its trainer on logits is the reference."""
+    run_beside(
+        *ORPO,
+        pairs(),
+        tmp_path,
+        trainer_options=lambda: adapter({"target_modules": ["q_proj", "lm_head"], "lora_dropout": dropout}),
+        transposed_width=32 + 4,
+        max_length=16,
+    )
+
+
+class OnLogits(DPOTrainer):
+    """DPO with the adapter on the head in its logits, which are built."""
+
+    def __init__(self, *args, **kwargs):
+        with _adapters_allowed_on_heads(type(self)):
+            super().__init__(*args, **kwargs)
+        causal_lm = self.model.get_base_model()
+
+        def forward(*args, labels, fused_lm_head, **kwargs):
+            logits = type(causal_lm).forward(causal_lm, *args, **kwargs).logits[:, :-1]
+            labels = labels[:, 1:]
+            mask = labels != -100
+            log_p = logits.log_softmax(-1)
+            return FusedCausalLMOutput(
+                log_probs=log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * mask,
+                entropy=-(log_p.exp() * log_p).sum(-1) * mask,
+                mean_logits=logits.mean(-1) * mask,
+                is_top1=(logits.argmax(-1) == labels) & mask,
+            )
+
+        causal_lm.forward = forward
+
+
+def test_dpo_with_an_adapter_on_the_head(tmp_path):
+    run_beside(
+        (LigerDPOTrainer, OnLogits),
+        DPO[1],
+        pairs(),
+        tmp_path,
+        trainer_options=lambda: adapter({"target_modules": ["q_proj", "lm_head"]}),
+        transposed_width=32 + 4,
+    )
+
+
+def test_without_our_loss_an_adapter_on_the_head_is_refused_as_by_trl(tmp_path):
+    for trainer, config in zip(*DPO, strict=True):
+        options = {"use_liger": False} if config is LigerDPOConfig else {}
+        with pytest.raises(ValueError, match=r"(?i)adapter.*head"):
+            trainer(
+                model=tiny_llama(),
+                args=arguments(config, tmp_path, **options),
+                train_dataset=pairs(),
+                processing_class=tokenizer(),
+                **adapter({"target_modules": ["lm_head"]}),
+            )
+
+
+def test_a_trainer_that_exists_already(tmp_path):
+    class OfTheUser(DPOTrainer):
+        pass
+
+    trainers = []
+    for applied in (True, False):
+        torch.manual_seed(0)
+        trainer = OfTheUser(
+            model=tiny_llama(),
+            ref_model=tiny_llama(1),
+            args=arguments(DPOConfig, tmp_path),
+            train_dataset=copy.deepcopy(pairs()),
+            processing_class=tokenizer(),
+        )
+        if applied:
+            assert apply_liger_loss(trainer) is trainer
+        trainer.train()
+        trainers.append(trainer)
+    assert_same_run(*trainers)
+
+
+def test_switched_off_it_is_trls(tmp_path, monkeypatch):
+    for name in ("argument", "environment"):
+        if name == "environment":
+            monkeypatch.setenv("LIGER_TRAINER_DISABLE", "1")
+        trainer = LigerDPOTrainer(
+            model=tiny_llama(),
+            ref_model=tiny_llama(1),
+            args=arguments(LigerDPOConfig, tmp_path, use_liger=name == "environment"),
+            train_dataset=pairs(),
+            processing_class=tokenizer(),
+        )
+        assert trainer.model.forward.__func__.__code__.co_name == "_fused_forward"
+
+
+def test_stock_arguments_will_do(tmp_path):
+    trainer = LigerDPOTrainer(
+        model=tiny_llama(),
+        ref_model=tiny_llama(1),
+        args=arguments(DPOConfig, tmp_path),
+        train_dataset=pairs(),
+        processing_class=tokenizer(),
+    )
+    assert trainer.uses_liger_loss
+    assert trainer.model.forward.__func__.__code__.co_name == "forward"
+
+
+def test_what_cannot_work_says_so_at_construction(tmp_path):
+    dora = LoraConfig(r=4, use_dora=True, target_modules=["lm_head"], task_type=TaskType.CAUSAL_LM)
+    with pytest.raises(ValueError, match=r"the LM head of LlamaForCausalLM can't do without its logits: .*DoRA"):
+        LigerDPOTrainer(
+            model=tiny_llama(),
+            args=arguments(LigerDPOConfig, tmp_path),
+            train_dataset=pairs(),
+            processing_class=tokenizer(),
+            peft_config=dora,
+        )
+    with pytest.raises(ValueError, match="logits_cache_bytes must be at least 0, got -1"):
+        LigerDPOConfig(str(tmp_path), logits_cache_bytes=-1)
+
+
+def test_a_trainer_without_a_fused_head_says_so(tmp_path):
+    trainer = ORPOTrainer(
+        model=tiny_llama(),
+        args=arguments(ORPOConfig, tmp_path),
+        train_dataset=pairs(),
+        processing_class=tokenizer(),
+    )
+    with pytest.raises(ValueError, match="ORPOTrainer gave its LlamaForCausalLM no fused LM head"):
+        apply_liger_loss(trainer)
+    assert "forward" not in vars(trainer.model)
