@@ -105,7 +105,7 @@ def assert_same_run(ours: Any, theirs: Any, *, rel: float = 1e-4) -> None:
     parameters = dict(theirs.model.named_parameters())
     for name, parameter in ours.model.named_parameters():
         difference = (parameter - parameters[name]).abs().max()
-        assert difference <= 1e-5 * max(1.0, parameters[name].abs().max()), name
+        assert difference <= 1e-5 * max(1.0, parameters[name].abs().max()), (name, float(difference))
 
 
 def run_beside(

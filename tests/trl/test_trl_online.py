@@ -1,0 +1,68 @@
+"""GRPO and RLOO: five steps of ours beside TRL's own, over the same sampled answers."""
+
+from __future__ import annotations
+
+import pytest
+from beside_trl import pairs, run_beside
+from tiny_models import tiny_llama
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from liger_trainer.trl import LigerGRPOConfig, LigerGRPOTrainer, LigerRLOOConfig, LigerRLOOTrainer
+
+SAMPLING = {
+    "num_generations": 4,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 6,
+    "temperature": 0.9,
+    "learning_rate": 1e-3,
+}
+
+
+def evenness(completions, **_):
+    """Rewards answers for their even words."""
+    return [float(sum(int(word[1:]) % 2 == 0 for word in each.split() if word[1:].isdigit())) for each in completions]
+
+
+def saved(tmp_path):
+    """A path: these trainers load their reference themselves."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def rewarded():
+    return {"reward_funcs": evenness}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "dapo"},
+        {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2},
+        {"loss_type": "cispo", "epsilon_high": 2.0, "entropy_coef": 0.01},
+        {"loss_type": "dr_grpo", "importance_sampling_level": "sequence", "top_entropy_quantile": 0.5},
+    ],
+    ids=lambda options: options["loss_type"],
+)
+def test_grpo(tmp_path, options):
+    run_beside(
+        (LigerGRPOTrainer, GRPOTrainer),
+        (LigerGRPOConfig, GRPOConfig),
+        pairs().select_columns(["prompt"]),
+        tmp_path,
+        model=lambda: saved(tmp_path),
+        trainer_options=rewarded,
+        **SAMPLING,
+        **options,
+    )
+
+
+def test_rloo(tmp_path):
+    run_beside(
+        (LigerRLOOTrainer, RLOOTrainer),
+        (LigerRLOOConfig, RLOOConfig),
+        pairs().select_columns(["prompt"]),
+        tmp_path,
+        model=lambda: saved(tmp_path),
+        trainer_options=rewarded,
+        **SAMPLING,
+    )
