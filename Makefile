@@ -36,7 +36,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-OPS         := linear_cross_entropy cross_entropy rms_norm add_rms_norm layer_norm rotary gated_activation
+OPS         := linear_cross_entropy linear_log_probs preference_losses linear_jsd cross_entropy rms_norm add_rms_norm layer_norm rotary gated_activation
 READY_BENCH := $(VENV)/.ready-bench
 
 benchmarks: $(READY_BENCH)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.benchmark import Benchmark, Case, Inputs, Op, Provider, Sweep, UnavailableError, randn
-from harness.measure import event_times
+from harness.heads import head_products, products_ms
 from harness.peers import compiled, liger_kernel, upcast
 from harness.run import main
 
@@ -94,23 +94,8 @@ def floor_ms(case: Case, device: torch.device, budget_ms: float) -> float:
     """The matrix products alone, in one tile, on the rows that have a label; the weight's gradient in fp32."""
     hidden, weight, _ = (each.detach() for each in BENCHMARK.inputs(case, device).args)
     hidden = hidden[: n_valid(case)]
-    logits = hidden.new_empty(len(hidden), case.vocab)
-    d_hidden = torch.empty_like(hidden)
-    d_weight = torch.empty(weight.shape, dtype=torch.float32, device=device)
-
-    def products() -> None:
-        torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(logits, weight, out=d_hidden)
-        if "frozen" in case.sizes:
-            return
-        if device.type == "cuda":
-            torch.mm(logits.t(), hidden, out_dtype=torch.float32, out=d_weight)
-        else:
-            torch.mm(logits.t().float(), hidden.float(), out=d_weight)
-
-    for _ in range(2):
-        products()
-    return event_times(products, device, budget_ms=budget_ms).median
+    products = head_products(hidden, weight, trained="frozen" not in case.sizes)
+    return products_ms(products, device=device, budget_ms=budget_ms)
 
 
 LLAMA_3 = {"rows": 8192, "hidden": 4096, "vocab": 128256}

@@ -18,6 +18,9 @@ import gated_activation
 import gradient_accuracy
 import layer_norm
 import linear_cross_entropy
+import linear_jsd
+import linear_log_probs
+import preference_losses
 import rms_norm
 import rotary
 from harness.benchmark import Benchmark, Case
@@ -27,6 +30,9 @@ from harness.run import RESULTS, times_floor
 
 BENCHMARKS = (
     linear_cross_entropy.BENCHMARK,
+    linear_log_probs.BENCHMARK,
+    *preference_losses.BENCHMARKS,
+    linear_jsd.BENCHMARK,
     cross_entropy.BENCHMARK,
     rms_norm.BENCHMARK,
     add_rms_norm.BENCHMARK,
