@@ -102,7 +102,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         )
         if not self.weight_hard_loss:
             return loss
-        hard = linear_cross_entropy(
+        hard: Any = linear_cross_entropy(
             student_input,
             student_weight,
             true_labels,

@@ -334,7 +334,8 @@ def run_tiles(
         if not known:
             head_product(x, weight, bias, logits)
         if any(need):
-            gradient = torch.empty_like(logits) if known and not kept.overwrite else logits
+            overwrite = kept is None or not known or kept.overwrite
+            gradient = logits if overwrite else torch.empty_like(logits)
         on_tile(logits, row_index, gradient)
         if gradient is not None:
             gradients.add(gradient, x, weight, where, first=start == 0)

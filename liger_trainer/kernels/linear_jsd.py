@@ -219,7 +219,7 @@ class _LinearJSD(torch.autograd.Function):
         factor = row_scale = None
         if ctx.again:
             student_hidden, student_weight, *tensors = ctx.saved_tensors
-            again = _Options(*tensors, *options[7:])
+            again = options._replace(**dict(zip(_Options._fields, tensors)))
             weights = upstream if again.token_weights is None else upstream * again.token_weights
             if half:  # what may be as small as 1/N waits outside
                 factor = weights.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)

@@ -11,7 +11,7 @@ TRL's fused head (``trl.kernels.ChunkedLogProbFunction``) does the same in four 
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,9 +77,8 @@ def _make_forward(use_kernel: bool) -> Any:
         def zeros(wanted: bool, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(n if wanted else 0, dtype=dtype, device=hidden.device)
 
-        statistics = RowStatistics(
-            zeros(True), zeros(True), *map(zeros, (entropy, mean_logits, log_sum_sq_probs)), zeros(top1, torch.bool)
-        )
+        wanted = (True, True, entropy, mean_logits, log_sum_sq_probs, top1)
+        written = [zeros(flag) for flag in wanted[:-1]] + [zeros(top1, torch.bool)]
         kept = torch.empty((kept_rows, weight.shape[0]), dtype=compute_dtype, device=hidden.device)
         with without_autocast(hidden):
             gradients = run_tiles(
@@ -90,7 +89,7 @@ def _make_forward(use_kernel: bool) -> Any:
                     _on_tile,
                     labels=labels,
                     spec=RowLoss(ignore_index, inner, outer, 0.0, 0.0, False),
-                    statistics=_wanted(statistics, True, True, entropy, mean_logits, log_sum_sq_probs, top1),
+                    statistics=_wanted(written, wanted),
                     gradient_scale=FP16_GRADIENT_SCALE if compute_dtype == torch.float16 else 1.0,
                     use_kernel=use_kernel,
                 ),
@@ -104,13 +103,14 @@ def _make_forward(use_kernel: bool) -> Any:
             )
         if max_valid is not None and max_valid < n:  # a bound that is too small must not pass unseen
             dropped = (labels != ignore_index).sum() > max_valid
-            statistics.log_probs.masked_fill_(dropped, torch.nan)
-        return *statistics, kept, gradients.hidden
+            written[0].masked_fill_(dropped, torch.nan)
+        return *written, kept, gradients.hidden
 
     return forward
 
 
-def _wanted(statistics: RowStatistics, *wanted: bool) -> RowStatistics:
+def _wanted(statistics: Sequence[Tensor], wanted: Sequence[bool]) -> RowStatistics:
+    """Those of the statistics, in their order, that are wanted."""
     return RowStatistics(*(each if flag else None for each, flag in zip(statistics, wanted)))  # type: ignore[arg-type]
 
 
@@ -163,7 +163,8 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         upstream = RowUpstream(log_probs_upstream, entropy_upstream, mean_upstream, squares_upstream)
-        statistics = RowStatistics(lse, lse, entropy, None, log_sum_sq_probs)
+        known = (lse, lse, entropy, lse, log_sum_sq_probs)  # of which those with an upstream gradient are read
+        wanted = (True, True, entropy_upstream is not None, False, squares_upstream is not None)
         with without_autocast(hidden):
             gradients = run_tiles(
                 hidden,
@@ -173,9 +174,7 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
                     _on_tile,
                     labels=labels,
                     spec=RowLoss(ignore_index, inner, outer, 0.0, 0.0, False),
-                    statistics=_wanted(
-                        statistics, True, True, entropy_upstream is not None, False, squares_upstream is not None, False
-                    ),
+                    statistics=_wanted(known, wanted),
                     known=True,
                     upstream=upstream,
                     scale=scale,

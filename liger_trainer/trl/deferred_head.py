@@ -28,20 +28,20 @@ class _StackedHead:
         self.bias = bias
 
 
-def _adapters(head: nn.Module) -> list[str]:
+def _adapters(head: Any) -> list[str]:
     """The LoRA adapters of a peft layer that are in force."""
     if head.disable_adapters:
         return []
-    return [name for name in head.active_adapters if name in head.lora_A]  # type: ignore[operator,union-attr]
+    return [name for name in head.active_adapters if name in head.lora_A]
 
 
-def _stacked(head: nn.Module, hidden: Tensor) -> tuple[Any, Tensor]:
-    base: Any = head.base_layer
+def _stacked(head: Any, hidden: Tensor) -> tuple[Any, Tensor]:
+    base = head.base_layer
     weights, inputs = [base.weight], [hidden]
     for name in _adapters(head):
-        a, b = head.lora_A[name], head.lora_B[name]  # type: ignore[index]
-        dropped = head.lora_dropout[name](hidden.to(a.weight.dtype))  # type: ignore[index]
-        inputs.append((a(dropped) * head.scaling[name]).to(hidden.dtype))  # type: ignore[index]
+        a, b = head.lora_A[name], head.lora_B[name]
+        dropped = head.lora_dropout[name](hidden.to(a.weight.dtype))
+        inputs.append((a(dropped) * head.scaling[name]).to(hidden.dtype))
         weights.append(b.weight.to(base.weight.dtype))
     if len(weights) == 1:
         return base, hidden
@@ -56,36 +56,36 @@ def _is_plain(module: Any) -> bool:
     )
 
 
-def _is_lora(head: nn.Module) -> bool:
+def _is_lora(head: Any) -> bool:
     return hasattr(head, "lora_A") and hasattr(head, "base_layer")
 
 
-def _reason_against_lora(head: nn.Module) -> str | None:
+def _reason_against_lora(head: Any) -> str | None:
     if not _is_plain(head.base_layer):
         return f"its base layer is a {type(head.base_layer).__name__}, not a plain torch.nn.Linear"
     if getattr(head, "merged", False):
         return "its adapters are merged"
-    for name in head.lora_A:  # type: ignore[union-attr]
+    for name in head.lora_A:
         if getattr(head, "use_dora", {}).get(name):
             return f"adapter {name!r} is a DoRA, which scales the merged weight"
-        if not _is_plain(head.lora_A[name]) or not _is_plain(head.lora_B[name]):  # type: ignore[index]
+        if not _is_plain(head.lora_A[name]) or not _is_plain(head.lora_B[name]):
             return f"adapter {name!r} is no pair of linear layers"
-        if head.lora_B[name].bias is not None:  # type: ignore[index]
+        if head.lora_B[name].bias is not None:
             return f"adapter {name!r} has a bias"
     return None
 
 
-def _inner(head: nn.Module) -> nn.Module:
+def _inner(head: Any) -> Any:
     """What computes the logits behind peft's ``modules_to_save``."""
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         active = None if head.disable_adapters else head.active_adapter
         active = active[0] if isinstance(active, list) else active
-        saved: Any = head.modules_to_save
+        saved = head.modules_to_save
         return saved[active] if active in saved else head.original_module  # noqa: SIM401  a ModuleDict has no get
     return head
 
 
-def check_head(model: nn.Module) -> None:
+def check_head(model: Any) -> None:
     """Raise unless the head of ``model`` is one that :func:`deferring_head` can defer.
 
     Raises:
@@ -111,23 +111,24 @@ def check_head(model: nn.Module) -> None:
 
 
 @contextmanager
-def deferring_head(model: nn.Module, tile_bytes: int | None = None) -> Iterator[None]:
+def deferring_head(model: Any, tile_bytes: int | None = None) -> Iterator[None]:
     """Have the head of ``model`` return deferred logits in the forward that runs inside."""
-    head = _inner(model.get_output_embeddings())  # type: ignore[operator]
+    head = _inner(model.get_output_embeddings())
 
     def forward(hidden: Tensor) -> DeferredLogits:
+        module: Any
         module, hidden = _stacked(head, hidden) if _is_lora(head) else (head, hidden)
         return defer(module, hidden, logits=None, tile_bytes=tile_bytes)
 
     before = vars(head).get("forward")
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward
     try:
         yield
     finally:
         if before is None:
             del head.forward
         else:
-            head.forward = before  # type: ignore[method-assign]
+            head.forward = before
 
 
 class HeadTensors(NamedTuple):

@@ -182,4 +182,4 @@ def install(
                 options=options,
             )
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)

@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import unwrap_peft_model
 
 from .._environment import disabled
@@ -35,7 +34,7 @@ def _causal_lm(model: nn.Module) -> nn.Module:
     return unwrap_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
 
 
-def _head_options(trainer: Trainer, options: HeadOptions) -> HeadOptions:
+def _head_options(trainer: Any, options: HeadOptions) -> HeadOptions:
     config = (trainer.args.liger_options() if isinstance(trainer.args, LigerArguments) else None) or {}
     return replace(
         options,
@@ -44,7 +43,7 @@ def _head_options(trainer: Trainer, options: HeadOptions) -> HeadOptions:
     )
 
 
-def apply_liger_loss(trainer: Trainer) -> Trainer:
+def apply_liger_loss(trainer: Any) -> Any:
     """Have a TRL trainer that exists already compute its loss without logits, and return it.
 
     Replaces what stands behind the fused head that TRL's SFT, DPO, KTO, GRPO and RLOO trainers, and subclasses of
@@ -75,7 +74,7 @@ def apply_liger_loss(trainer: Trainer) -> Trainer:
             install(model, _head_options(trainer, options), original, trainer.accelerator.autocast)
     except BaseException:
         for model, forward in zip(models, originals, strict=True):
-            model.forward = forward  # type: ignore[method-assign]
+            vars(model)["forward"] = forward
         raise
     return trainer
 
@@ -139,11 +138,11 @@ class LigerLossMixin:
 
     def replace_loss(self) -> None:
         """Install the loss that builds no logits."""
-        apply_liger_loss(self)  # type: ignore[arg-type]
+        apply_liger_loss(self)
 
-    def memory_options(self) -> dict[str, int | None]:
+    def memory_options(self) -> dict[str, Any]:
         """``tile_bytes`` and ``cache_bytes`` of the losses."""
-        options = _head_options(self, HeadOptions())  # type: ignore[arg-type]
+        options = _head_options(self, HeadOptions())
         return {"tile_bytes": options.tile_bytes, "cache_bytes": options.cache_bytes}
 
     def install_heads(self, *models: nn.Module) -> None:

@@ -64,7 +64,7 @@ class ConcatenatedForward(LigerLossMixin):
         n_positions = None if self.counts_last_position() else -1
 
         def score(outputs: Any, head: HeadTensors) -> tuple[Tensor, ...]:
-            log_probs = linear_log_probs(
+            log_probs: Any = linear_log_probs(
                 head.hidden,
                 head.weight,
                 labels,

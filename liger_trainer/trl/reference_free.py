@@ -28,7 +28,7 @@ class LigerORPOConfig(LigerTRLArguments, ORPOConfig):
     """``trl.experimental.orpo.ORPOConfig`` with :class:`LigerTRLArguments`' fields."""
 
 
-class LigerORPOTrainer(ConcatenatedForward, ORPOTrainer):
+class LigerORPOTrainer(ConcatenatedForward, ORPOTrainer):  # type: ignore[misc]
     """``trl.experimental.orpo.ORPOTrainer`` on liger_trainer's kernels; see :class:`LigerLossMixin`."""
 
     def averages_log_probs(self) -> bool:
@@ -46,7 +46,7 @@ class LigerCPOConfig(LigerTRLArguments, CPOConfig):
     """``trl.experimental.cpo.CPOConfig`` with :class:`LigerTRLArguments`' fields."""
 
 
-class LigerCPOTrainer(ConcatenatedForward, CPOTrainer):
+class LigerCPOTrainer(ConcatenatedForward, CPOTrainer):  # type: ignore[misc]
     """``trl.experimental.cpo.CPOTrainer`` on liger_trainer's kernels; see :class:`LigerLossMixin`."""
 
     def averages_log_probs(self) -> bool:
