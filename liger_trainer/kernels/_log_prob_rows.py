@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ._dtypes import accumulation_dtype
 from ._launch import launch
-from ._softmax_loss import RowLoss, _gradient_of_block, _statistics_of_block, _transform
+from ._softmax_loss import RowLoss, _gradient_of_block, _statistics_of_block, _tile, _transform
 from ._triton import tl, triton
 
 __all__ = ["RowStatistics", "RowUpstream", "log_prob_rows"]
@@ -305,7 +305,7 @@ def log_prob_rows(
         )
         return
     n_classes = logits.shape[1]
-    block = min(max(triton.next_power_of_2(n_classes), 16), 16384)
+    block, warps = _tile(n_classes, logits.itemsize, with_gradient=gradient is not None and not known)
     # The kernel reads these with unit stride.
     upstreams = [None if each is None else each.contiguous() for each in upstream or RowUpstream()]
     launch(
@@ -332,5 +332,5 @@ def log_prob_rows(
             gradient_scale,
         ),
         (spec.outer != 0, known, upstream is None, block, 16 // logits.itemsize),
-        num_warps=max(4, min(32, block // 512)),
+        num_warps=warps,
     )

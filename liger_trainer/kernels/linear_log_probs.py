@@ -137,15 +137,15 @@ def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
 
 def _make_backward(use_kernel: bool, in_place: bool) -> Any:
     def backward(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
         log_probs_upstream: Tensor | None,
         entropy_upstream: Tensor | None,
         mean_upstream: Tensor | None,
         squares_upstream: Tensor | None,
         scale: Tensor | None,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
         lse: Tensor,
         entropy: Tensor,
         log_sum_sq_probs: Tensor,
@@ -194,7 +194,7 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = arguments[5:7]
+    hidden, weight = arguments[:2]
     compute_dtype = arguments[16]
     need_hidden, need_weight, need_bias, weight_gradient_dtype = arguments[19:]
     return (
@@ -208,9 +208,10 @@ _TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias"
 _OPTIONS = "int ignore_index, float inner, float outer, ScalarType compute_dtype, int? tile_bytes, SymInt? max_valid"
 _OUTPUTS = "bool entropy, bool mean_logits, bool log_sum_sq_probs, bool top1, SymInt kept_rows"
 _BACKWARD = (
-    "(Tensor? log_probs_upstream, Tensor? entropy_upstream, Tensor? mean_upstream, Tensor? squares_upstream, "
-    f"Tensor? scale, {_TENSORS}, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, Tensor{{}} kept, {_OPTIONS}, "
-    "bool need_hidden, bool need_weight, bool need_bias, ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor)"
+    f"({_TENSORS}, Tensor? log_probs_upstream, Tensor? entropy_upstream, Tensor? mean_upstream, "
+    "Tensor? squares_upstream, Tensor? scale, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, "
+    f"Tensor{{}} kept, {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias, "
+    "ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor)"
 )
 
 _forward = define(
@@ -297,7 +298,7 @@ class _LinearLogProbs(torch.autograd.Function):
             scale = 1 / factor
         weight_dtype = torch.float32 if half else ctx.dtypes[1]
         op = _backward if options.kept_rows == 0 or graph_is_kept() else _backward_
-        gradients = op(*upstream[:4], scale, *tensors, *options[:6], *ctx.need, weight_dtype)
+        gradients = op(*tensors[:4], *upstream[:4], scale, *tensors[4:], *options[:6], *ctx.need, weight_dtype)
         finished = [
             finish(gradient, dtype, factor, None) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.need)
