@@ -24,12 +24,13 @@ def n_valid(case: Case) -> int:
     return case.rows - int(case.rows * case.sizes.get("ignored", 0))
 
 
-def build_ours(cache_bytes: int | None = None):
+def build_ours(cache_bytes: int | None = None, least_memory: bool = False):
     def build(case: Case) -> Op:
         from liger_trainer.kernels import linear_log_probs
 
         outputs = EXTRAS if "extras" in case.sizes else ()
-        options = {"max_valid": n_valid(case), "cache_bytes": cache_bytes, "outputs": outputs}
+        options = {"max_valid": n_valid(case), "outputs": outputs}
+        options |= {"cache_bytes": cache_bytes, "least_memory": least_memory}
 
         def op(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
             scored = linear_log_probs(hidden, weight, labels, **options)
@@ -88,6 +89,7 @@ BENCHMARK = Benchmark(
         "ours-keep-2g": Provider(build_ours(2 * 2**30 + 2**27), note="keeps 2.1 GiB of logits"),
         "ours-keep-512m": Provider(build_ours(512 * 2**20), note="keeps 512 MiB of logits"),
         "ours-keep-0": Provider(build_ours(0), note="recomputes every logit"),
+        "ours-least": Provider(build_ours(least_memory=True), note="least_memory=True"),
         "hf": Provider(lambda case: formula, note="F.linear, then log_softmax in fp32"),
         "compile": compiled(formula),
         "trl": Provider(build_trl, ("trl",), note="ChunkedLogProbFunction, recomputes every logit"),

@@ -62,7 +62,8 @@ class HeadLoss(nn.Module):
         use_ref_model: whether a reference is scored; without one its log-probabilities are 0.
         average_log_prob: take means over the tokens of a sequence instead of sums.
         compiled, chunk_size: accepted so that Liger-Kernel's calls keep working, and without effect.
-        logit_scale, softcap, temperature, tile_bytes, cache_bytes: as :func:`liger_trainer.kernels.linear_log_probs`.
+        logit_scale, softcap, temperature, tile_bytes, cache_bytes, least_memory: as
+            :func:`liger_trainer.kernels.linear_log_probs`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class HeadLoss(nn.Module):
         temperature: float = 1.0,
         tile_bytes: int | None = None,
         cache_bytes: int | None = None,
+        least_memory: bool = False,
     ) -> None:
         super().__init__()
         self.ignore_index = ignore_index
@@ -92,6 +94,7 @@ class HeadLoss(nn.Module):
             "temperature": temperature,
             "tile_bytes": tile_bytes,
             "cache_bytes": cache_bytes,
+            "least_memory": least_memory,
         }
 
     def score(

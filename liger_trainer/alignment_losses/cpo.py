@@ -74,7 +74,7 @@ class LigerFusedLinearCPOLoss(HeadLoss):
         compute_nll_loss: whether to add it.
         average_log_prob: whether to take means over the tokens; None does for ``ipo``, ``simpo`` and ``alphapo``.
         reward_alpha: the function's ``alpha``, TRL's ``alpha``.
-        options: ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``.
+        options: ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``, ``least_memory``.
     """
 
     def __init__(

@@ -264,7 +264,7 @@ class LigerFusedLinearDPOLoss(HeadLoss):
         label_smoothing, f_divergence, f_alpha, discopop_tau: as the function's.
         ld_alpha: of :func:`length_desensitized_log_probs`, or None.
         use_weighting: multiply the losses by :func:`wpo_weights`.
-        options: ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``.
+        options: ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``, ``least_memory``.
     """
 
     def __init__(

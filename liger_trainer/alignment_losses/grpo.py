@@ -216,7 +216,7 @@ class LigerFusedLinearGRPOLoss(HeadLoss):
         compiled, use_ref_model, chunk_size: as :class:`HeadLoss`.
         temperature: the logits are divided by it, as they were when the answers were sampled.
         options: further fields of :class:`GRPOOptions` (``vespo_...``), and ``logit_scale``, ``softcap``,
-            ``tile_bytes``, ``cache_bytes``.
+            ``tile_bytes``, ``cache_bytes``, ``least_memory``.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ class LigerFusedLinearKTOLoss(HeadLoss):
     Args:
         ignore_index, use_ref_model, average_log_prob, compiled, chunk_size: as :class:`HeadLoss`.
         beta, loss_type, desirable_weight, undesirable_weight: as the function's.
-        options: ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``.
+        options: ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``, ``least_memory``.
     """
 
     def __init__(

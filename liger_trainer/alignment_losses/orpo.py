@@ -44,7 +44,7 @@ class LigerFusedLinearORPOLoss(HeadLoss):
         ignore_index, compiled, chunk_size: as :class:`HeadLoss`.
         beta: as the function's.
         compute_nll_loss: whether to add the negative log-likelihood, which the paper's loss does.
-        options: ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``.
+        options: ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``, ``least_memory``.
     """
 
     def __init__(

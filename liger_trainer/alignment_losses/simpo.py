@@ -48,7 +48,8 @@ class LigerFusedLinearSimPOLoss(LigerFusedLinearCPOLoss):
         beta, gamma, label_smoothing: as the function's.
         compute_nll_loss: whether to add ``alpha`` times the chosen answers' negative log-likelihood. On by default as
             in Liger-Kernel; the paper's loss has none.
-        options: ``reward_alpha``, ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``.
+        options: ``reward_alpha``, ``logit_scale``, ``softcap``, ``temperature``, ``tile_bytes``, ``cache_bytes``,
+            ``least_memory``.
     """
 
     def __init__(

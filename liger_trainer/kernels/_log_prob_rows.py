@@ -70,7 +70,9 @@ def _log_prob_kernel(
     mean_upstream_ptr,
     squares_upstream_ptr,
     scale_ptr,  # scalar, or None for 1
-    n_classes,
+    n_classes,  # of the logits
+    n_all_classes,  # of which they may be a part, where KNOWN
+    first_class,
     ignore_index,
     inner,
     outer,
@@ -101,7 +103,10 @@ def _log_prob_kernel(
         return
 
     in_range = (label >= 0) & (label < n_classes)
-    label_column = tl.where(in_range, label, 0).to(tl.int32)
+    if KNOWN:  # a label outside has made lse NaN
+        label_column = (label - first_class).to(tl.int32)
+    else:
+        label_column = tl.where(in_range, label, 0).to(tl.int32)
     n_whole = n_classes - n_classes % BLOCK  # the blocks that need no mask
     if KNOWN:
         lse = tl.load(lse_ptr + row)
@@ -167,7 +172,7 @@ def _log_prob_kernel(
             probability_factor -= upstream * tl.load(entropy_ptr + row)
             log_factor -= upstream * 0.6931471805599453
         if mean_upstream_ptr is not None:
-            spread -= factor * tl.load(mean_upstream_ptr + row).to(tl.float32) / n_classes
+            spread -= factor * tl.load(mean_upstream_ptr + row).to(tl.float32) / n_all_classes
         if squares_upstream_ptr is not None:
             upstream = 2.0 * factor * tl.load(squares_upstream_ptr + row).to(tl.float32)
             probability_factor -= upstream
@@ -206,14 +211,18 @@ def _log_prob_reference(
     rows: Tensor | None,
     gradient: Tensor | None,
     known: bool,
+    first_class: int,
+    n_all_classes: int,
     scale: Tensor | None,
     gradient_scale: float,
 ) -> None:
     index = slice(None) if rows is None else rows
     labels = labels[index]
     valid = labels != spec.ignore_index
-    outside = valid & ((labels < 0) | (labels >= logits.shape[1]))
-    safe = torch.where(valid & ~outside, labels, 0).unsqueeze(1)
+    outside = valid & ((labels < 0) | (labels >= n_all_classes))
+    column = labels - first_class
+    here = valid & (column >= 0) & (column < logits.shape[1])
+    safe = torch.where(here, column, 0).unsqueeze(1)
     dtype = accumulation_dtype(logits.dtype)
     z = logits.to(dtype) * spec.inner
     tanh = torch.tanh(z) if spec.outer else None
@@ -258,9 +267,9 @@ def _log_prob_reference(
         dz += 2 * of[3] * p / statistics.log_sum_sq_probs[index].exp().unsqueeze(1)
     dz.add_(slope).mul_(p)
     if of[2] is not None:
-        dz += of[2] / logits.shape[1]
+        dz += of[2] / n_all_classes
     if of[0] is not None:
-        dz.scatter_add_(1, safe, of[0].expand(safe.shape))
+        dz.scatter_add_(1, safe, of[0].expand(safe.shape) * here.unsqueeze(1))
     if tanh is not None:
         dz.mul_(tanh.square_().neg_().add_(1)).mul_(spec.inner * spec.outer)
     else:
@@ -278,6 +287,8 @@ def log_prob_rows(
     gradient: Tensor | None = None,  # (R, V) out; may be logits
     known: bool = False,
     upstream: RowUpstream | None = None,
+    first_class: int = 0,
+    n_all_classes: int | None = None,
     scale: Tensor | None = None,  # ()
     gradient_scale: float = 1.0,
     use_kernel: bool,
@@ -286,10 +297,12 @@ def log_prob_rows(
 
     Rows whose label is ``ignore_index`` leave the statistics as they are and get a zero gradient; rows whose label lies
     outside [0, V) get NaN. The gradient is that of the statistics under ``upstream`` (None: of the log-probabilities'
-    sum) times ``gradient_scale`` and ``scale``.
+    sum) times ``gradient_scale`` and ``scale``. Where the statistics are known, the logits may be those of some of
+    ``n_all_classes`` classes, from ``first_class`` on.
     """
     if logits.numel() == 0:
         return
+    n_all_classes = logits.shape[1] if n_all_classes is None else n_all_classes
     if not use_kernel or logits.dtype == torch.float64:
         _log_prob_reference(
             logits,
@@ -300,6 +313,8 @@ def log_prob_rows(
             rows=rows,
             gradient=gradient,
             known=known,
+            first_class=first_class,
+            n_all_classes=n_all_classes,
             scale=scale,
             gradient_scale=gradient_scale,
         )
@@ -326,6 +341,8 @@ def log_prob_rows(
             *upstreams,
             scale,
             n_classes,
+            n_all_classes,
+            first_class,
             spec.ignore_index,
             spec.inner,
             spec.outer,

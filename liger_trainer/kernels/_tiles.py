@@ -18,11 +18,13 @@ from ._rows import multiprocessors
 from ._triton import tl, triton
 
 __all__ = [
+    "LEAST_TILE_BYTES",
     "HeadGradients",
     "Kept",
     "head_product",
     "partition_rows",
     "plan",
+    "run_class_tiles",
     "run_tiles",
     "scaled",
     "tiles",
@@ -31,6 +33,7 @@ __all__ = [
 
 _TILE_BYTES = 512 * 2**20
 _SMALL_TILE_BYTES = 256 * 2**20
+LEAST_TILE_BYTES = 128 * 2**20
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -135,26 +138,41 @@ def head_product(
     return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
+def accumulate_product(
+    total: Tensor,  # (M, N)
+    a: Tensor,  # (M, K)
+    b: Tensor,  # (K, N)
+    first: bool,
+) -> None:
+    """``total (+)= a b``, accumulated inside the product in total's dtype where that is the wider one."""
+    if a.dtype == total.dtype:
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+    elif total.dtype.itemsize < a.dtype.itemsize:
+        product = torch.mm(a, b)
+        if first:
+            total.copy_(product)
+        else:
+            total.add_(product)
+    elif total.is_cuda:
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1)
+
+
 def accumulate_weight_gradient(
-    total: Tensor,  # (V, H) fp32, or float64
+    total: Tensor,  # (V, H) fp32, or float64; or in one step the gradient itself
     logit_gradient: Tensor,  # (R, V)
     hidden: Tensor,  # (R, H)
     first: bool,
 ) -> None:
-    """``total (+)= logit_gradient^T hidden``, accumulated in total's dtype inside the product."""
-    transposed = logit_gradient.t()
-    if logit_gradient.dtype == total.dtype:
-        if first:
-            torch.mm(transposed, hidden, out=total)
-        else:
-            total.addmm_(transposed, hidden)
-    elif total.is_cuda:
-        if first:
-            torch.mm(transposed, hidden, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(transposed.to(total.dtype), hidden.to(total.dtype), beta=0 if first else 1)
+    """``total (+)= logit_gradient^T hidden``."""
+    accumulate_product(total, logit_gradient.t(), hidden, first)
 
 
 @triton.jit
@@ -344,4 +362,61 @@ def run_tiles(
     logits = gradient = buffer = None  # freed before the gradient is rounded, which takes new memory
     if need_weight:
         gradients.weight = gradients.weight.to(weight_gradient_dtype)
+    return gradients
+
+
+def run_class_tiles(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    on_tile: Callable[[Tensor, Tensor | None, Tensor, int], None],
+    *,
+    rows: Tensor | None,  # (N,)
+    n_valid: int,
+    compute_dtype: torch.dtype,
+    weight_gradient_dtype: torch.dtype,
+    tile_bytes: int | None,
+    need: tuple[bool, bool, bool],
+) -> HeadGradients:
+    """As :func:`run_tiles`, with tiles of all rows and some classes, for losses that know their log-sum-exp.
+
+    A class meets all rows in one product, so its part of the weight's gradient is rounded in that product's registers
+    and written once: no wider buffer of the weight's size is needed. The hidden states' gradient accumulates over the
+    tiles instead, in fp32 (float64).
+
+    ``on_tile(logits, row_index, gradient, first_class)`` gets (R, C) logits of C classes from ``first_class`` on.
+    """
+    n_classes = weight.shape[0]
+    tile_bytes = LEAST_TILE_BYTES if tile_bytes is None else tile_bytes
+    wide = accumulation_dtype(compute_dtype)
+    gradients = HeadGradients(hidden, weight, compute_dtype, weight_gradient_dtype, False, need)
+    row_index: Tensor | None = None
+    if rows is not None:
+        row_index = rows[:n_valid]
+    elif n_valid < len(hidden):
+        row_index = torch.arange(n_valid, device=hidden.device)
+    x = (hidden if row_index is None else hidden.index_select(0, row_index)).to(compute_dtype)
+    total = torch.empty(x.shape if gradients.need_hidden else (0,), dtype=wide, device=hidden.device)
+    buffer: Tensor | None = None
+    for start, end in tiles(n_classes, n_valid, compute_dtype.itemsize, tile_bytes) if n_valid else ():
+        if buffer is None:
+            buffer = torch.empty((end - start) * n_valid, dtype=compute_dtype, device=hidden.device)
+        logits = buffer[: (end - start) * n_valid].view(n_valid, end - start)
+        classes = weight[start:end].to(compute_dtype)
+        head_product(x, classes, None if bias is None else bias[start:end].to(compute_dtype), logits)
+        on_tile(logits, row_index, logits, start)
+        if gradients.need_hidden:
+            accumulate_product(total, logits, classes, first=start == 0)
+        if gradients.need_weight:
+            accumulate_weight_gradient(gradients.weight[start:end], logits, x, first=True)
+        if gradients.need_bias:
+            gradients.bias[start:end] = logits.sum(0, dtype=wide)
+    buffer = None
+    if not n_valid:
+        gradients.weight.zero_()
+    elif gradients.need_hidden:
+        if row_index is None:
+            gradients.hidden.copy_(total)
+        else:
+            gradients.hidden.index_copy_(0, row_index, total.to(compute_dtype))
     return gradients

@@ -28,7 +28,7 @@ from ._dtypes import accumulation_dtype, gradient_dtype, products_dtype
 from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
 from ._log_prob_rows import RowStatistics, RowUpstream, log_prob_rows
 from ._softmax_loss import RowLoss
-from ._tiles import Kept, partition_rows, plan, run_tiles, without_autocast
+from ._tiles import LEAST_TILE_BYTES, Kept, partition_rows, plan, run_class_tiles, run_tiles, without_autocast
 from .linear_cross_entropy import FP16_GRADIENT_SCALE, finish
 
 __all__ = ["LOG_PROB_OUTPUTS", "LogProbs", "linear_log_probs"]
@@ -68,6 +68,7 @@ def _make_forward(use_kernel: bool) -> Any:
         log_sum_sq_probs: bool,
         top1: bool,
         kept_rows: int,
+        by_classes: bool,
         need_hidden: bool,
     ) -> tuple[Tensor, ...]:
         n = len(labels)
@@ -119,7 +120,7 @@ def _on_tile(logits: Tensor, rows: Tensor | None, gradient: Tensor | None, **opt
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any) -> Any:
-    compute_dtype, wanted, (kept_rows, need_hidden) = options[3], options[6:10], options[10:]
+    compute_dtype, wanted, (kept_rows, _, need_hidden) = options[3], options[6:10], options[10:]
     dtype = accumulation_dtype(compute_dtype)
 
     def rows(flag: bool, dtype: torch.dtype = dtype) -> Tensor:
@@ -156,38 +157,46 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
         compute_dtype: torch.dtype,
         tile_bytes: int | None,
         max_valid: int | None,
+        by_classes: bool,
         need_hidden: bool,
         need_weight: bool,
         need_bias: bool,
         weight_gradient_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
-        upstream = RowUpstream(log_probs_upstream, entropy_upstream, mean_upstream, squares_upstream)
         known = (lse, lse, entropy, lse, log_sum_sq_probs)  # of which those with an upstream gradient are read
         wanted = (True, True, entropy_upstream is not None, False, squares_upstream is not None)
-        with without_autocast(hidden):
-            gradients = run_tiles(
-                hidden,
-                weight,
-                bias,
-                functools.partial(
-                    _on_tile,
-                    labels=labels,
-                    spec=RowLoss(ignore_index, inner, outer, 0.0, 0.0, False),
-                    statistics=_wanted(known, wanted),
-                    known=True,
-                    upstream=upstream,
-                    scale=scale,
-                    use_kernel=use_kernel,
-                ),
+
+        def on_tile(logits: Tensor, rows: Tensor | None, gradient: Tensor | None, first_class: int = 0) -> None:
+            log_prob_rows(
+                logits,
+                labels,
+                RowLoss(ignore_index, inner, outer, 0.0, 0.0, False),
+                _wanted(known, wanted),
                 rows=rows,
-                n_valid=n_valid,
-                compute_dtype=compute_dtype,
-                weight_gradient_dtype=weight_gradient_dtype,
-                tile_bytes=tile_bytes,
-                need=(need_hidden, need_weight, need_bias),
-                kept=Kept(kept, known=True, overwrite=in_place) if len(kept) else None,
+                gradient=gradient,
+                known=True,
+                upstream=RowUpstream(log_probs_upstream, entropy_upstream, mean_upstream, squares_upstream),
+                first_class=first_class,
+                n_all_classes=weight.shape[0],
+                scale=scale,
+                use_kernel=use_kernel,
             )
+
+        engine: dict[str, Any] = {
+            "rows": rows,
+            "n_valid": n_valid,
+            "compute_dtype": compute_dtype,
+            "weight_gradient_dtype": weight_gradient_dtype,
+            "tile_bytes": tile_bytes,
+            "need": (need_hidden, need_weight, need_bias),
+        }
+        with without_autocast(hidden):
+            if by_classes:
+                gradients = run_class_tiles(hidden, weight, bias, on_tile, **engine)
+            else:
+                keeps = Kept(kept, known=True, overwrite=in_place) if len(kept) else None
+                gradients = run_tiles(hidden, weight, bias, on_tile, **engine, kept=keeps)
         return gradients.hidden, gradients.weight, gradients.bias
 
     return backward
@@ -196,7 +205,7 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = arguments[:2]
     compute_dtype = arguments[16]
-    need_hidden, need_weight, need_bias, weight_gradient_dtype = arguments[19:]
+    need_hidden, need_weight, need_bias, weight_gradient_dtype = arguments[20:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
         hidden.new_empty(weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
@@ -206,11 +215,11 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias"
 _OPTIONS = "int ignore_index, float inner, float outer, ScalarType compute_dtype, int? tile_bytes, SymInt? max_valid"
-_OUTPUTS = "bool entropy, bool mean_logits, bool log_sum_sq_probs, bool top1, SymInt kept_rows"
+_OUTPUTS = "bool entropy, bool mean_logits, bool log_sum_sq_probs, bool top1, SymInt kept_rows, bool by_classes"
 _BACKWARD = (
     f"({_TENSORS}, Tensor? log_probs_upstream, Tensor? entropy_upstream, Tensor? mean_upstream, "
     "Tensor? squares_upstream, Tensor? scale, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, "
-    f"Tensor{{}} kept, {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias, "
+    f"Tensor{{}} kept, {_OPTIONS}, bool by_classes, bool need_hidden, bool need_weight, bool need_bias, "
     "ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -252,6 +261,7 @@ class _Options(NamedTuple):
     log_sum_sq_probs: bool
     top1: bool
     kept_rows: int
+    by_classes: bool
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -298,7 +308,9 @@ class _LinearLogProbs(torch.autograd.Function):
             scale = 1 / factor
         weight_dtype = torch.float32 if half else ctx.dtypes[1]
         op = _backward if options.kept_rows == 0 or graph_is_kept() else _backward_
-        gradients = op(*tensors[:4], *upstream[:4], scale, *tensors[4:], *options[:6], *ctx.need, weight_dtype)
+        gradients = op(
+            *tensors[:4], *upstream[:4], scale, *tensors[4:], *options[:6], options.by_classes, *ctx.need, weight_dtype
+        )
         finished = [
             finish(gradient, dtype, factor, None) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.need)
@@ -311,7 +323,7 @@ def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _LinearLogProbs.apply(hidden, weight, labels, bias, *arguments)
-    log_probs, _, *extra = _forward(hidden, weight, labels, bias, *arguments[:-1], 0, False)[:6]
+    log_probs, _, *extra = _forward(hidden, weight, labels, bias, *arguments[:-2], 0, False, False)[:6]
     return log_probs, *extra
 
 
@@ -347,6 +359,7 @@ def linear_log_probs(
     outputs: Collection[str] = (),
     tile_bytes: int | None = None,
     cache_bytes: int | None = None,
+    least_memory: bool = False,
     max_valid: int | None = None,
     compute_dtype: torch.dtype | None = None,
     check_labels: bool = False,
@@ -377,6 +390,10 @@ def linear_log_probs(
             Where they are all the rows', the weight's gradient comes from one product and needs no fp32 buffer. None
             keeps all where that takes no more memory than the backward has anyway (in bf16 for up to about 2 * H
             rows), else 512 MiB.
+        least_memory: keep no logits, and tile the vocabulary in the backward: each class's part of the weight's
+            gradient is then written once, with no fp32 buffer of the weight's size, and hidden's gradient accumulates
+            in fp32 instead. Four products, in tiles of 128 MiB where ``tile_bytes`` is None. It excludes a
+            ``cache_bytes`` above 0; with a frozen head it changes nothing.
         max_valid: an upper bound, known to the host, of the number of labels that are not ignored. It spares the host
             the wait for the device's own count. With a bound that is too small every log-probability is NaN.
         compute_dtype: dtype of the products, where it is not to follow from autocast and the inputs.
@@ -403,6 +420,10 @@ def linear_log_probs(
         raise ValueError(f"tile_bytes must be above 0, got {tile_bytes}")
     if cache_bytes is not None and cache_bytes < 0:
         raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
+    if least_memory and cache_bytes:
+        raise ValueError(f"least_memory=True keeps no logits and excludes cache_bytes={cache_bytes}")
+    if least_memory:
+        cache_bytes, tile_bytes = 0, LEAST_TILE_BYTES if tile_bytes is None else tile_bytes
     compute_dtype = products_dtype(hidden, weight, compute_dtype)
     flat_labels = labels.reshape(-1).long()
     if check_labels or (hidden.device.type == "cpu" and not torch.compiler.is_compiling()):
@@ -422,6 +443,7 @@ def linear_log_probs(
         max_valid,
         *(name in outputs for name in LOG_PROB_OUTPUTS),
         _kept_rows(bound, weight, compute_dtype, tile_bytes, cache_bytes),
+        least_memory,
     )
     log_probs, *extra = results
     if not outputs:

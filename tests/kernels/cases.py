@@ -315,6 +315,7 @@ CASES = [
         linear_log_probs, _head(bounded=False, flat=True, bias=True), {"cache_bytes": 0}, "counting", asks_device=True
     ),
     Case(linear_log_probs, _head(frozen=True), {}, "frozen"),
+    Case(linear_log_probs, _head(bias=True), {"least_memory": True, "outputs": LOG_PROB_OUTPUTS}, "least_memory"),
     Case(
         linear_log_probs,
         _head(cached=True, bias=True),

@@ -49,6 +49,7 @@ def reference(logits: Tensor, labels: Tensor, logit_scale=1.0, softcap=None, tem
 def check(hidden, weight, labels, dtype, *, wrt=DIFFERENTIABLE, bias=None, tile_rows=3, kept_rows=4, **options):
     """Compare outputs and gradients under random upstream gradients of the outputs named in ``wrt``."""
     bytes_of_row = len(weight) * dtype.itemsize
+    least_memory = options.pop("least_memory", False)
     ours = linear_log_probs(
         hidden,
         weight,
@@ -56,7 +57,8 @@ def check(hidden, weight, labels, dtype, *, wrt=DIFFERENTIABLE, bias=None, tile_
         bias=bias,
         outputs=LOG_PROB_OUTPUTS,
         tile_bytes=tile_rows * bytes_of_row,
-        cache_bytes=kept_rows * bytes_of_row,
+        cache_bytes=0 if least_memory else kept_rows * bytes_of_row,
+        least_memory=least_memory,
         **options,
     )
     inputs = [each for each in (hidden, weight, bias) if each is not None]
@@ -93,6 +95,31 @@ def test_outputs_and_gradients(implementation, device, name, wrt):
         if options.pop("bias", False):
             options["bias"] = torch.randn(V, dtype=torch.float64).to(device, dtype).requires_grad_()
         check(hidden, weight, labels, dtype, wrt=wrt, **options)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("wrt", [("log_probs",), DIFFERENTIABLE])
+@pytest.mark.parametrize("frozen", [(), (0,), (1,)])
+def test_least_memory(implementation, device, name, wrt, frozen):
+    for dtype in dtypes_of(device):
+        *tensors, labels = make(device, dtype)
+        tensors = [each.detach() if i in frozen else each for i, each in enumerate(tensors)]
+        options = dict(OPTIONS[name])
+        if options.pop("bias", False):
+            options["bias"] = torch.randn(V, dtype=torch.float64).to(device, dtype).requires_grad_()
+        check(*tensors, labels, dtype, wrt=wrt, least_memory=True, **options)
+
+
+def test_least_memory_makes_no_wider_gradient(device):
+    """Each class's part of the weight's gradient comes out of one product over all rows, rounded in its registers."""
+    hidden, weight, labels = make(device, torch.bfloat16, n=200)
+    labels = labels.clamp(min=0)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        linear_log_probs(hidden, weight, labels, least_memory=True, tile_bytes=40 * 200 * 2).sum().backward()
+    products = [event.input_shapes[:2] for event in profile.events() if event.name == "aten::mm"]
+    assert [tuple(a) for a, b in products if b == [200, H]] == [(33, 200)] * 3 + [(32, 200)]
+    copies = [event.input_shapes[0] for event in profile.events() if event.name == "aten::_to_copy"]
+    assert [V, H] not in copies
 
 
 @pytest.mark.parametrize("kept_rows", [0, 1, 13, 14, 100])
@@ -305,6 +332,20 @@ def test_autocast(device, weight_dtype, kept_rows):
         assert not torch.equal(gradients[0][1], gradients[0][1].bfloat16().float())
 
 
+@pytest.mark.parametrize("options", [{"cache_bytes": 0}, {}, {"least_memory": True}], ids=str)
+def test_products_wider_than_the_tensors(device, options):
+    hidden, weight, labels = make(device, torch.bfloat16)
+    out = linear_log_probs(hidden, weight, labels, compute_dtype=torch.float32, tile_bytes=3 * V * 4, **options)
+    exact = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    expected = reference(F.linear(*exact), labels).log_probs
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.sum(), (hidden, weight)), torch.autograd.grad(expected.sum(), exact), strict=True
+    ):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - theirs).norm() < 2e-3 * theirs.norm()  # rounded once
+
+
 def test_weight_gradient_accumulates_in_fp32(device):
     """256 tiles of equal rows: a bf16 sum would stop growing long before the last."""
     hidden = torch.ones(256, 16, device=device, dtype=torch.bfloat16)
@@ -329,6 +370,11 @@ def test_errors_name_the_argument(device):
         (ValueError, r"outputs must be among .* got \['entropie'\]", {"outputs": ["entropie"]}),
         (ValueError, "tile_bytes must be above 0", {"tile_bytes": 0}),
         (ValueError, "cache_bytes must be at least 0", {"cache_bytes": -1}),
+        (
+            ValueError,
+            "least_memory=True keeps no logits and excludes cache_bytes=9",
+            {"least_memory": True, "cache_bytes": 9},
+        ),
         (TypeError, "weight must have hidden's dtype", {"weight": weight.bfloat16()}),
         (TypeError, "compute_dtype must be a floating point dtype", {"compute_dtype": torch.int32}),
     ]
