@@ -1,10 +1,10 @@
 """Logits that are not there yet: what a patched LM head returns inside a forward that was given labels.
 
 :class:`DeferredLogits` holds the head's input and weight and records what the model does to its logits on the way to
-the loss: casts, scaling, a soft-cap, slices, reshapes. When it meets :func:`torch.nn.functional.cross_entropy`, the
-fused op runs and no logits are made. Any other use materialises them and goes on with an ordinary tensor, so code that
-this file has never heard of stays correct. :mod:`.lazy_logits` is the form in which an evaluation hands
-them out.
+the loss: casts, scaling, a soft-cap, slices, reshapes. When it meets :func:`torch.nn.functional.cross_entropy`, or a
+log-softmax of which one class a row is gathered, the fused op runs and no logits are made. Any other use materialises
+them and goes on with an ordinary tensor, so code that this file has never heard of stays correct. :mod:`.lazy_logits`
+is the form in which an evaluation hands them out.
 
 It is a ``NamedTuple`` that speaks ``__torch_function__``, and not a tensor subclass, since Dynamo refuses a wrapper
 subclass made inside a graph, and since a ``NamedTuple`` is the one container that DDP, both FSDPs and DeepSpeed
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from ..kernels import cross_entropy, linear_cross_entropy
 from ..kernels._dtypes import gradient_dtype
 from .counted_labels import CountedLabels
+from .deferred_log_probs import DeferredLogProbs
 
 __all__ = ["DeferredLogits", "Head", "defer", "label_smoothing"]
 
@@ -278,6 +279,14 @@ class DeferredLogits(_Fields):
             return self._with(transform=replace(self.transform, capped=True))
         return self.materialize().tanh()
 
+    def log_softmax(self, dim: int, dtype: torch.dtype | None = None) -> Any:
+        if dim not in (-1, self.dim() - 1) or self.cell.value is not None or torch.compiler.is_compiling():
+            return torch.log_softmax(self.materialize(), dim, dtype=dtype)
+        if dtype is None:
+            lifted = torch.is_autocast_enabled(self.device.type) and self.dtype.itemsize < 4
+            dtype = torch.float32 if lifted else self.dtype
+        return DeferredLogProbs(self, dtype)
+
     # -- where logits are needed after all -------------------------------------------------------------------------
 
     def materialize(self) -> Tensor:
@@ -445,6 +454,10 @@ def _fused_cross_entropy(
 
 _RECORDED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.cross_entropy: _fused_cross_entropy,
+    F.log_softmax: lambda logits, dim=None, _stacklevel=3, dtype=None: (
+        NotImplemented if dim is None else logits.log_softmax(dim, dtype)
+    ),
+    torch.log_softmax: lambda logits, dim, dtype=None: logits.log_softmax(dim, dtype),
     torch.tanh: DeferredLogits.tanh,
     torch.mul: DeferredLogits.__mul__,
     torch.div: lambda logits, factor, **rounding: NotImplemented if rounding else logits / factor,

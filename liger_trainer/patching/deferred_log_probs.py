@@ -1,0 +1,116 @@
+"""The log-softmax of deferred logits: what a loss gathers of it comes from the fused op, anything else builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import linear_log_probs
+
+if TYPE_CHECKING:
+    from .deferred_logits import DeferredLogits
+
+__all__ = ["DeferredLogProbs"]
+
+
+class DeferredLogProbs:
+    """``log_softmax(logits, -1)`` of logits (\\*, V) that are not there yet."""
+
+    def __init__(self, logits: DeferredLogits, dtype: torch.dtype) -> None:
+        self._logits = logits
+        self._dtype = dtype
+        self._value: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._logits.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def materialize(self) -> Tensor:
+        if self._value is None:
+            self._value = torch.log_softmax(self._logits.materialize(), -1, dtype=self._dtype)
+        return self._value
+
+    def gather(self, dim: int, index: Tensor, **options: Any) -> Tensor:
+        """The log-probabilities of one class a row, without logits; any other gather builds them."""
+        logits = self._logits
+        last = dim in (-1, len(self.shape) - 1)
+        one_class_a_row = index.dim() == len(self.shape) and index.shape == (*self.shape[:-1], 1)
+        capped_the_other_way = logits.transform.capped and not logits.transform.outer > 0
+        if (
+            self._value is not None
+            or logits.cell.value is not None
+            or logits.head is None
+            or not (last and one_class_a_row)
+            or capped_the_other_way
+            or options
+        ):
+            return self.materialize().gather(dim, index, **options)
+        weight, bias = logits.head.tensors()
+        n_classes = logits.transform.n_classes
+        if n_classes != logits.head.n_classes:
+            weight, bias = weight[:n_classes], None if bias is None else bias[:n_classes]
+        labels = index.squeeze(-1)
+        log_probs = linear_log_probs(
+            logits.hidden,
+            weight,
+            labels,
+            bias=bias,
+            max_valid=labels.numel(),
+            tile_bytes=logits.head.tile_bytes,
+            compute_dtype=logits.head.compute_dtype,
+            **logits.transform.loss_options(),
+        )
+        assert isinstance(log_probs, Tensor)
+        return log_probs.to(self._dtype).unsqueeze(-1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.materialize(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.materialize()[index]
+
+    def __neg__(self) -> Tensor:
+        return -self.materialize()
+
+    def __mul__(self, other: Any) -> Tensor:
+        return self.materialize() * other
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Tensor:
+        return self.materialize() + other
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self.materialize() - other
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return other - self.materialize()
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return self.materialize() / other
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.gather and isinstance(args[0], DeferredLogProbs):
+            return args[0].gather(*args[1:], **kwargs)
+        return func(*map(_built, args), **{name: _built(value) for name, value in kwargs.items()})
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, DeferredLogProbs):
+        return value.materialize()
+    return type(value)(map(_built, value)) if type(value) in (tuple, list) else value
