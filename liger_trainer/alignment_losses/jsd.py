@@ -87,7 +87,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Tensor:
         """The weighted sum of both losses, each a mean over the labels that are not ignored."""
-        loss = self.weight_soft_loss * linear_jsd(
+        divergence: Any = linear_jsd(
             student_input,
             student_weight,
             teacher_input,
@@ -100,6 +100,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
             teacher_bias=teacher_bias,
             **self.options,
         )
+        loss: Tensor = self.weight_soft_loss * divergence
         if not self.weight_hard_loss:
             return loss
         hard: Any = linear_cross_entropy(

@@ -9,7 +9,7 @@ from .divergence import jsd, kl_div
 from .gated_activation import geglu, swiglu
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
-from .linear_jsd import linear_jsd
+from .linear_jsd import JSDOutput, linear_jsd
 from .linear_log_probs import LOG_PROB_OUTPUTS, LogProbs, linear_log_probs
 from .rms_norm import rms_norm
 from .rotary import rotary
@@ -17,6 +17,7 @@ from .rotary import rotary
 __all__ = [
     "LOG_PROB_OUTPUTS",
     "CrossEntropyOutput",
+    "JSDOutput",
     "LogProbs",
     "add_rms_norm",
     "cross_entropy",

@@ -42,24 +42,35 @@ class Divergence(NamedTuple):
 
 
 @triton.jit
-def _log_sum_exp2(logits_ptr, n_classes, inner, outer, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr):
-    """The log-sum-exp of a row in units of ``ln(2)``."""
+def _log_sum_exp2(
+    logits_ptr,
+    n_classes,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+):
+    """The log-sum-exp of a row in units of ``ln(2)``, and with ENTROPY the mean of its logits under its softmax."""
     n_whole = n_classes - n_classes % BLOCK
     maximum = tl.full((BLOCK // LANE,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK // LANE,), tl.float32)
+    moment = tl.zeros((BLOCK // LANE,), tl.float32)
     for start in range(0, n_whole, BLOCK):
-        maximum, total, _weighted, _moment, _squares, _best, _column = _statistics_of_block(
-            maximum, total, 0.0, 0.0, 0.0, 0.0, 0, logits_ptr, None, start, n_classes, inner, outer, SOFTCAP, False,
-            False, False, False, False, "evict_last", BLOCK, LANE,
+        maximum, total, _weighted, moment, _squares, _best, _column = _statistics_of_block(
+            maximum, total, 0.0, moment, 0.0, 0.0, 0, logits_ptr, None, start, n_classes, inner, outer, SOFTCAP, False,
+            ENTROPY, False, False, False, "evict_last", BLOCK, LANE,
         )  # fmt: skip
     if n_whole < n_classes:
-        maximum, total, _weighted, _moment, _squares, _best, _column = _statistics_of_block(
-            maximum, total, 0.0, 0.0, 0.0, 0.0, 0, logits_ptr, None, n_whole, n_classes, inner, outer, SOFTCAP, False,
-            False, False, False, True, "evict_last", BLOCK, LANE,
+        maximum, total, _weighted, moment, _squares, _best, _column = _statistics_of_block(
+            maximum, total, 0.0, moment, 0.0, 0.0, 0, logits_ptr, None, n_whole, n_classes, inner, outer, SOFTCAP,
+            False, ENTROPY, False, False, True, "evict_last", BLOCK, LANE,
         )  # fmt: skip
     row_maximum = tl.max(maximum, 0)
-    shift = tl.where(row_maximum == float("-inf"), 0.0, row_maximum)
-    return row_maximum + tl.log2(tl.sum(total * tl.exp2(maximum - shift), 0))
+    rescale = tl.exp2(maximum - tl.where(row_maximum == float("-inf"), 0.0, row_maximum))
+    row_total = tl.sum(total * rescale, 0)
+    return row_maximum + tl.log2(row_total), tl.sum(moment * rescale, 0) / row_total
 
 
 @triton.jit
@@ -89,6 +100,7 @@ def _divergence_kernel(
     rows_ptr,  # (R,) the row of the (N,) arrays that a row of logits stands for, or None where they are the same
     token_weights_ptr,  # (N,) or None
     token_loss_ptr,  # (N,) out
+    entropy_ptr,  # (N,) out, of the student, or None
     scale_ptr,  # scalar, or None for 1
     n_classes,
     ignore_index,
@@ -124,12 +136,15 @@ def _divergence_kernel(
                 tl.store(gradient_ptr + columns, zeros, mask=columns < n_classes)
         return
 
-    student_lse = _log_sum_exp2(
-        student_ptr, n_classes, student_inner, student_outer, STUDENT_SOFTCAP, BLOCK, STUDENT_LANE
+    student_lse, student_mean = _log_sum_exp2(
+        student_ptr, n_classes, student_inner, student_outer, STUDENT_SOFTCAP, entropy_ptr is not None, BLOCK,
+        STUDENT_LANE,
+    )  # fmt: skip
+    teacher_lse, _mean = _log_sum_exp2(
+        teacher_ptr, n_classes, teacher_inner, teacher_outer, TEACHER_SOFTCAP, False, BLOCK, TEACHER_LANE
     )
-    teacher_lse = _log_sum_exp2(
-        teacher_ptr, n_classes, teacher_inner, teacher_outer, TEACHER_SOFTCAP, BLOCK, TEACHER_LANE
-    )
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, 0.6931471805599453 * (student_lse - student_mean))
     of_student = tl.zeros((BLOCK,), tl.float32)  # terms of the divergence of s
     of_teacher = tl.zeros((BLOCK,), tl.float32)  # and of t
     for start in range(0, n_classes, BLOCK):
@@ -211,6 +226,7 @@ def _divergence_reference(
     rows: Tensor | None,
     token_weights: Tensor | None,
     token_loss: Tensor,
+    entropy: Tensor | None,
     gradient: Tensor | None,
     scale: Tensor | None,
     gradient_scale: float,
@@ -222,6 +238,8 @@ def _divergence_reference(
     log_s = z.log_softmax(1)
     log_t = _transformed(teacher, spec.teacher_inner, spec.teacher_outer)[0].log_softmax(1).to(log_s.dtype)
     s, t = log_s.exp(), log_t.exp()
+    if entropy is not None:
+        entropy[index] = torch.where(valid, -(s * log_s.masked_fill(s == 0, 0)).sum(1), 0)
     if beta == 0:
         divergence = (t * (log_t - log_s)).masked_fill_(t == 0, 0).sum(1)
         dz = s - t
@@ -256,15 +274,17 @@ def divergence_rows(
     rows: Tensor | None = None,  # (R,) int64
     token_weights: Tensor | None = None,  # (N,)
     token_loss: Tensor,  # (N,) out
+    entropy: Tensor | None = None,  # (N,) out
     gradient: Tensor | None = None,  # (R, V) out; may be student
     scale: Tensor | None = None,  # ()
     gradient_scale: float = 1.0,
     use_kernel: bool,
 ) -> None:
-    """Write each row's divergence times its weight and, where a buffer is given for it, the student's gradient.
+    """Write each row's divergence times its weight and, where buffers are given for them, the student's entropy and
+    gradient.
 
-    Rows whose label is ``ignore_index`` leave their loss as it is and get a zero gradient. The gradient is multiplied
-    by ``gradient_scale`` and ``scale``.
+    Rows whose label is ``ignore_index`` leave loss and entropy as they are and get a zero gradient. The gradient is
+    multiplied by ``gradient_scale`` and ``scale``.
     """
     if student.numel() == 0:
         return
@@ -277,6 +297,7 @@ def divergence_rows(
             rows=rows,
             token_weights=token_weights,
             token_loss=token_loss,
+            entropy=entropy,
             gradient=gradient,
             scale=scale,
             gradient_scale=gradient_scale,
@@ -298,6 +319,7 @@ def divergence_rows(
             rows,
             None if token_weights is None else token_weights.contiguous(),
             token_loss,
+            entropy,
             scale,
             n_classes,
             *spec,

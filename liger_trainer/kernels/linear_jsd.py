@@ -5,6 +5,7 @@ gradient is formed in the forward in the place of its logits, so that there are 
 teacher, three for the student. Rows whose label is ignored take part in none of them.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,15 @@ from ._softmax_loss import RowLoss
 from ._tiles import head_product, partition_rows, run_tiles, without_autocast
 from .linear_cross_entropy import FP16_GRADIENT_SCALE, finish
 
-__all__ = ["check_beta", "linear_jsd"]
+__all__ = ["JSDOutput", "check_beta", "linear_jsd"]
+
+
+class JSDOutput(NamedTuple):
+    """What :func:`linear_jsd` returns when more than the loss is asked for, else None; only ``loss`` has a gradient."""
+
+    loss: Tensor
+    token_loss: Tensor | None = None  # hidden's shape without its last dimension, times the tokens' weights
+    student_entropy: Tensor | None = None  # the same shape: of the tempered softmax, in nats
 
 
 def check_beta(beta: float) -> None:
@@ -70,6 +79,7 @@ def _make_forward(use_kernel: bool) -> Any:
         teacher_dtype: torch.dtype,
         tile_bytes: int | None,
         max_valid: int | None,
+        entropy: bool,
         need_hidden: bool,
         need_weight: bool,
         need_bias: bool,
@@ -78,6 +88,7 @@ def _make_forward(use_kernel: bool) -> Any:
         dtype = accumulation_dtype(student_dtype)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         token_loss = torch.zeros(len(labels), dtype=dtype, device=student_hidden.device)
+        student_entropy = torch.zeros(len(labels) if entropy else 0, dtype=dtype, device=student_hidden.device)
         scale = loss_scale(
             labels,
             mean=reduction == "mean",
@@ -95,6 +106,7 @@ def _make_forward(use_kernel: bool) -> Any:
             "spec": Divergence(ignore_index, beta, student_inner, student_outer, teacher_inner, teacher_outer),
             "token_weights": token_weights,
             "token_loss": token_loss,
+            "entropy": student_entropy if entropy else None,
             "scale": None if half else scale,
             "gradient_scale": FP16_GRADIENT_SCALE if half else 1.0,
             "use_kernel": use_kernel,
@@ -118,7 +130,7 @@ def _make_forward(use_kernel: bool) -> Any:
             loss = torch.where(scale.isnan(), torch.nan, token_loss)
         else:
             loss = token_loss.sum() * scale
-        return loss, token_loss, scale, gradients.hidden, gradients.weight, gradients.bias
+        return loss, token_loss, student_entropy, scale, gradients.hidden, gradients.weight, gradients.bias
 
     return forward
 
@@ -133,6 +145,7 @@ def _fake_forward(student_hidden: Tensor, student_weight: Tensor, *arguments: An
     return (
         torch.empty_like(rows if options.reduction == "none" else scalar),
         rows,
+        rows.new_empty(rows.shape if options.entropy else (0,)),
         scalar,
         student_hidden.new_empty(hidden_shape, dtype=options.student_dtype),
         student_hidden.new_empty(student_weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
@@ -162,17 +175,19 @@ class _Options(NamedTuple):
     teacher_dtype: torch.dtype
     tile_bytes: int | None
     max_valid: int | None
+    entropy: bool
 
 
 _ARGUMENTS = (
     "Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor labels, "
     "Tensor? student_bias, Tensor? teacher_bias, Tensor? token_weights, Tensor? num_items, float? divisor, "
     "str reduction, int ignore_index, float beta, float student_inner, float student_outer, float teacher_inner, "
-    "float teacher_outer, ScalarType student_dtype, ScalarType teacher_dtype, int? tile_bytes, SymInt? max_valid"
+    "float teacher_outer, ScalarType student_dtype, ScalarType teacher_dtype, int? tile_bytes, SymInt? max_valid, "
+    "bool entropy"
 )
 _forward = define(
     f"linear_jsd_forward({_ARGUMENTS}, bool need_hidden, bool need_weight, bool need_bias, "
-    "ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_make_forward(True),
     reference=_make_forward(False),
     fake=_fake_forward,
@@ -197,8 +212,8 @@ class _LinearJSD(torch.autograd.Function):
         half = options.student_dtype == torch.float16  # rounded only after its factor
         ctx.need = (need_hidden, need_weight, need_bias, torch.float32 if half else ctx.dtypes[1])
         need = (False, False, False, ctx.need[3]) if ctx.again else ctx.need
-        loss, token_loss, scale, *gradients = _forward(student_hidden, student_weight, *options, *need)
-        ctx.mark_non_differentiable(token_loss)
+        loss, token_loss, entropy, scale, *gradients = _forward(student_hidden, student_weight, *options, *need)
+        ctx.mark_non_differentiable(token_loss, entropy)
         ctx.set_materialize_grads(False)
         if ctx.again:
             ctx.save_for_backward(student_hidden, student_weight, *options[:7])
@@ -206,7 +221,7 @@ class _LinearJSD(torch.autograd.Function):
             ctx.save_for_backward(scale, *gradients)
         tensors = dict.fromkeys(_Options._fields[:7])
         ctx.options = options._replace(**tensors)  # type: ignore[arg-type]
-        return loss, token_loss
+        return loss, token_loss, entropy
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -224,8 +239,8 @@ class _LinearJSD(torch.autograd.Function):
             if half:  # what may be as small as 1/N waits outside
                 factor = weights.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
                 weights, factor = weights / factor, factor / FP16_GRADIENT_SCALE
-            again = again._replace(token_weights=weights, num_items=None, divisor=None, reduction="sum")
-            gradients = _forward(student_hidden, student_weight, *again, *ctx.need)[3:]
+            again = again._replace(token_weights=weights, num_items=None, divisor=None, reduction="sum", entropy=False)
+            gradients = _forward(student_hidden, student_weight, *again, *ctx.need)[4:]
         else:
             scale, *gradients = ctx.saved_tensors
             factor = None if ctx.per_row else upstream
@@ -245,10 +260,10 @@ def _differentiable(student_hidden: Tensor, student_weight: Tensor, *arguments: 
         student_hidden.requires_grad or student_weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _LinearJSD.apply(student_hidden, student_weight, *arguments)
-    return _forward(student_hidden, student_weight, *arguments, False, False, False, student_weight.dtype)[:2]
+    return _forward(student_hidden, student_weight, *arguments, False, False, False, student_weight.dtype)[:3]
 
 
-_op = define_differentiable(f"linear_jsd({_ARGUMENTS}) -> (Tensor, Tensor)", _differentiable)
+_op = define_differentiable(f"linear_jsd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _differentiable)
 
 
 def linear_jsd(
@@ -273,7 +288,8 @@ def linear_jsd(
     tile_bytes: int | None = None,
     max_valid: int | None = None,
     compute_dtype: torch.dtype | None = None,
-) -> Tensor:
+    outputs: Collection[str] = (),
+) -> Tensor | JSDOutput:
     """Generalised Jensen-Shannon divergence of a student from a teacher, without either's logits.
 
     With ``s`` and ``t`` the softmaxes of student's and teacher's logits (each scaled and soft-capped as in
@@ -308,9 +324,11 @@ def linear_jsd(
         max_valid: an upper bound, known to the host, of the number of labels that are not ignored. With a bound that is
             too small the loss is NaN.
         compute_dtype: dtype of both models' products, where it is not to follow from autocast and the inputs.
+        outputs: names among ``token_loss`` and ``student_entropy`` to return besides the loss, without gradient.
 
     Returns:
-        The loss in fp32 (float64 for float64 students), () or hidden's shape without its last dimension.
+        The loss in fp32 (float64 for float64 students), () or hidden's shape without its last dimension; or
+        :class:`JSDOutput` when ``outputs`` names something.
 
     Raises:
         TypeError: for a dtype that is not as above.
@@ -354,7 +372,10 @@ def linear_jsd(
         teacher_bias = None if teacher_bias is None else teacher_bias[:n_classes]
     student_spec = RowLoss.of(ignore_index, student_logit_scale, student_softcap, temperature, 0.0, 0.0)
     teacher_spec = RowLoss.of(ignore_index, teacher_logit_scale, teacher_softcap, temperature, 0.0, 0.0)
-    loss, _ = _op(
+    unknown = set(outputs) - {"token_loss", "student_entropy"}
+    if unknown:
+        raise ValueError(f"outputs must be among ('token_loss', 'student_entropy'), got {sorted(unknown)}")
+    loss, token_loss, entropy = _op(
         student_hidden.reshape(-1, student_hidden.shape[-1]),
         student_weight,
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
@@ -374,5 +395,13 @@ def linear_jsd(
         products_dtype(teacher_hidden, teacher_weight, compute_dtype),
         tile_bytes,
         max_valid,
+        "student_entropy" in outputs,
     )
-    return loss.view(shape) if reduction == "none" else loss
+    loss = loss.view(shape) if reduction == "none" else loss
+    if not outputs:
+        return loss
+    return JSDOutput(
+        loss,
+        token_loss.view(shape) if "token_loss" in outputs else None,
+        entropy.view(shape) if "student_entropy" in outputs else None,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..kernels import jsd, kl_div, linear_jsd
@@ -73,7 +75,7 @@ class LigerFusedLinearJSD(nn.Module):
         shift_labels: Tensor | None = None,
     ) -> Tensor:
         """(N, Hs), (V, Hs), (N, Ht), (V, Ht), (N,); a mean over the labels."""
-        return linear_jsd(
+        loss: Any = linear_jsd(
             student_input,
             student_weight,
             teacher_input,
@@ -83,6 +85,7 @@ class LigerFusedLinearJSD(nn.Module):
             labels=shift_labels,
             ignore_index=self.ignore_index,
         )
+        return loss
 
     def extra_repr(self) -> str:
         return f"jsd_beta={self.jsd_beta}, ignore_index={self.ignore_index}, temperature={self.temperature}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .arguments import LigerTRLArguments
-    from .distillation import LigerGKDConfig, LigerGKDTrainer
+    from .distillation import LigerDistillationConfig, LigerDistillationTrainer, LigerGKDConfig, LigerGKDTrainer
     from .mixin import LigerLossMixin, apply_liger_loss
     from .offline import (
         LigerDPOConfig,
@@ -43,6 +43,8 @@ __all__ = [
     "LigerCPOTrainer",
     "LigerDPOConfig",
     "LigerDPOTrainer",
+    "LigerDistillationConfig",
+    "LigerDistillationTrainer",
     "LigerGKDConfig",
     "LigerGKDTrainer",
     "LigerGRPOConfig",
@@ -70,7 +72,7 @@ _HOME = {
     **{
         f"Liger{name}{kind}": home
         for home, names in {
-            "distillation": ("GKD",),
+            "distillation": ("Distillation", "GKD"),
             "offline": ("DPO", "KTO", "SFT"),
             "online": ("GRPO", "RLOO"),
             "reference_free": ("CPO", "ORPO", "SimPO"),

@@ -325,7 +325,12 @@ CASES = [
     Case(linear_log_probs, _head(frozen=True), {"outputs": ("entropy", "mean_logits")}, "outputs-frozen"),
     Case(linear_jsd, _two_heads(padded=6)),
     Case(linear_jsd, _two_heads(biases=True), {"beta": 0, "student_softcap": 3.0, "teacher_softcap": 2.0}, "forward"),
-    Case(linear_jsd, _two_heads(token_weights=True), {"beta": 1, "temperature": 1.7}, "reverse-token_weights"),
+    Case(
+        linear_jsd,
+        _two_heads(token_weights=True),
+        {"beta": 1, "temperature": 1.7, "outputs": ("student_entropy",)},
+        "reverse-token_weights-outputs",
+    ),
     Case(linear_jsd, _two_heads(frozen=True), {"reduction": "sum"}, "sum-frozen"),
     Case(linear_jsd, _two_heads(token_weights=True), {"beta": 0.2, "reduction": "none"}, "none-token_weights"),
     Case(linear_jsd, _two_heads(frozen=True), {"reduction": "none"}, "none-frozen"),

@@ -187,6 +187,25 @@ def test_teacher_of_another_dtype(device):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_outputs(implementation, device, reduction):
+    *tensors, labels = make(device, torch.float32)
+    out = linear_jsd(
+        *tensors, labels=labels, temperature=0.8, reduction=reduction, tile_bytes=6 * V * 4,
+        outputs=("token_loss", "student_entropy"),
+    )  # fmt: skip
+    log_p = (F.linear(*tensors[:2]) / 0.8).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(out.student_entropy, entropy.detach().where(labels != -100, 0))
+    torch.testing.assert_close(out.token_loss, linear_jsd(*tensors, labels=labels, temperature=0.8, reduction="none"))
+    assert out.loss.requires_grad and not out.token_loss.requires_grad and not out.student_entropy.requires_grad
+    plain = linear_jsd(*tensors, labels=labels, temperature=0.8, reduction=reduction, tile_bytes=6 * V * 4)
+    for one, two in zip(
+        torch.autograd.grad(out.loss.sum(), tensors[:2]), torch.autograd.grad(plain.sum(), tensors[:2]), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
 def test_loss_of_gkd(device):
     gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
     hidden, weight, teacher_hidden, teacher_weight, labels = make(device, torch.float32)
@@ -225,6 +244,7 @@ def test_errors_name_the_argument(device):
         (ValueError, "num_items divides the sum", {"reduction": "sum", "num_items": 3}),
         (ValueError, "token_weights must have shape", {"token_weights": weight}),
         (ValueError, "tile_bytes must be above 0", {"tile_bytes": 0}),
+        (ValueError, "outputs must be among", {"outputs": ("entropy",)}),
         (TypeError, "student_weight must|weight must have hidden's dtype", {"student_weight": weight.bfloat16()}),
     ]
     arguments = {

@@ -1,13 +1,23 @@
-"""GRPO and RLOO: five steps of ours beside TRL's own, over the same sampled answers."""
+"""GRPO, RLOO and distillation: five steps of ours beside TRL's own, over the same sampled answers."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from beside_trl import pairs, run_beside
 from tiny_models import tiny_llama
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from liger_trainer.trl import LigerGRPOConfig, LigerGRPOTrainer, LigerRLOOConfig, LigerRLOOTrainer
+from liger_trainer.trl import (
+    LigerDistillationConfig,
+    LigerDistillationTrainer,
+    LigerGRPOConfig,
+    LigerGRPOTrainer,
+    LigerRLOOConfig,
+    LigerRLOOTrainer,
+)
 
 SAMPLING = {
     "num_generations": 4,
@@ -65,4 +75,22 @@ def test_rloo(tmp_path):
         model=lambda: saved(tmp_path),
         trainer_options=rewarded,
         **SAMPLING,
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_distillation(tmp_path, beta):
+    torch.manual_seed(1)
+    teacher = tiny_llama(1, hidden_size=48, num_hidden_layers=1)
+    run_beside(
+        (LigerDistillationTrainer, DistillationTrainer),
+        (LigerDistillationConfig, DistillationConfig),
+        pairs().select_columns(["prompt"]),
+        tmp_path,
+        trainer_options=lambda: {"teacher_model": copy.deepcopy(teacher)},
+        transposed_width=48,
+        max_completion_length=6,
+        temperature=0.9,
+        learning_rate=1e-3,
+        beta=beta,
     )
