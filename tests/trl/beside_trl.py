@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from wide_tensors import wide_tensors
 
 STEPS = 5
+slow = pytest.mark.slow
 TILE_ROWS = 5  # of the tiles of logits, and of what is kept of them
 ROW_BYTES = VOCAB * 4
 

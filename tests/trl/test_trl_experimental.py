@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from beside_trl import pairs, run_beside, tokenizer, words
+from beside_trl import pairs, run_beside, slow, tokenizer, words
 from datasets import Dataset
 from tiny_models import tiny_llama
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -34,9 +34,9 @@ def test_orpo(tmp_path):
     "options",
     [
         {"loss_type": "sigmoid"},
-        {"loss_type": "hinge", "cpo_alpha": 0.0},
-        {"loss_type": "ipo"},
-        {"loss_type": "alphapo", "alpha": 0.2, "label_smoothing": 0.1},
+        pytest.param({"loss_type": "hinge", "cpo_alpha": 0.0}, marks=slow),
+        pytest.param({"loss_type": "ipo"}, marks=slow),
+        pytest.param({"loss_type": "alphapo", "alpha": 0.2, "label_smoothing": 0.1}, marks=slow),
     ],
     ids=lambda options: options["loss_type"],
 )
@@ -72,7 +72,7 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=slow), 0.3, pytest.param(1.0, marks=slow)])
 def test_gkd(tmp_path, monkeypatch, beta):
     import beside_trl
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from beside_trl import arguments, assert_same_run, pairs, run_beside, tokenizer
+from beside_trl import arguments, assert_same_run, pairs, run_beside, slow, tokenizer
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from tiny_models import VOCAB, tiny_llama
 from transformers import (
@@ -66,7 +66,7 @@ def make(name):
     return build
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [each if each == "gemma2" else pytest.param(each, marks=slow) for each in MODELS])
 def test_dpo_of_models(tmp_path, name):
     def reference():
         torch.manual_seed(1)
@@ -75,7 +75,7 @@ def test_dpo_of_models(tmp_path, name):
     run_beside(*DPO, pairs(), tmp_path, model=make(name), trainer_options=reference)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+@pytest.mark.parametrize("name", [pytest.param("gemma2", marks=slow), "mixtral"])
 def test_orpo_of_models(tmp_path, name):
     run_beside(*ORPO, pairs(), tmp_path, model=make(name), max_length=16)
 
@@ -90,11 +90,12 @@ def adapter(options):
     return {"peft_config": LoraConfig(r=4, lora_alpha=8, task_type=TaskType.CAUSAL_LM, **options)}
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [pytest.param("layers", marks=slow), "head saved"])
 def test_dpo_with_adapters(tmp_path, name):
     run_beside(*DPO, pairs(), tmp_path, trainer_options=lambda: adapter(ADAPTERS[name]))
 
 
+@slow
 def test_dpo_with_prompt_tuning(tmp_path):
     def options():
         return {
@@ -104,7 +105,7 @@ def test_dpo_with_prompt_tuning(tmp_path):
     run_beside(*DPO, pairs(), tmp_path, trainer_options=options)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=slow), 0.3])
 def test_orpo_with_an_adapter_on_the_head(tmp_path, dropout):
     """TRL's fused head reads the base weight alone; its trainer on logits is the reference."""
     run_beside(

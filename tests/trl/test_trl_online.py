@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from beside_trl import pairs, run_beside
+from beside_trl import pairs, run_beside, slow
 from tiny_models import tiny_llama
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from liger_trainer.alignment_losses import GRPO_LOSS_TYPES
 from liger_trainer.trl import (
     LigerDistillationConfig,
     LigerDistillationTrainer,
@@ -47,9 +48,12 @@ def rewarded():
     "options",
     [
         {"loss_type": "dapo"},
-        {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2},
-        {"loss_type": "cispo", "epsilon_high": 2.0, "entropy_coef": 0.01},
-        {"loss_type": "dr_grpo", "importance_sampling_level": "sequence", "top_entropy_quantile": 0.5},
+        pytest.param({"loss_type": "grpo", "beta": 0.1, "num_iterations": 2}, marks=slow),
+        pytest.param({"loss_type": "cispo", "epsilon_high": 2.0, "entropy_coef": 0.01}, marks=slow),
+        pytest.param(
+            {"loss_type": "dr_grpo", "importance_sampling_level": "sequence", "top_entropy_quantile": 0.5}, marks=slow
+        ),
+        *(pytest.param({"loss_type": each, "num_iterations": 2}, marks=slow) for each in GRPO_LOSS_TYPES),
     ],
     ids=lambda options: options["loss_type"],
 )
@@ -66,6 +70,7 @@ def test_grpo(tmp_path, options):
     )
 
 
+@slow
 def test_rloo(tmp_path):
     run_beside(
         (LigerRLOOTrainer, RLOOTrainer),
@@ -78,7 +83,7 @@ def test_rloo(tmp_path):
     )
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=slow), 0.5, pytest.param(1.0, marks=slow)])
 def test_distillation(tmp_path, beta):
     torch.manual_seed(1)
     teacher = tiny_llama(1, hidden_size=48, num_hidden_layers=1)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from beside_trl import TILE_ROWS, arguments, logged, pairs, run_beside, tokenizer
+from beside_trl import TILE_ROWS, arguments, logged, pairs, run_beside, slow, tokenizer
 from datasets import Dataset
 from tiny_models import HIDDEN, VOCAB, sequences, tiny_llama
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -49,7 +49,7 @@ def test_mixed_precision(tmp_path, kind):
     assert runs[0] == pytest.approx(runs[1], rel=2e-2)
 
 
-@pytest.mark.parametrize("kind", ["DPO", "ORPO", "SFT"])
+@pytest.mark.parametrize("kind", ["DPO", pytest.param("ORPO", marks=slow), pytest.param("SFT", marks=slow)])
 def test_evaluation(tmp_path, kind):
     trainers, configs = {"DPO": DPO, "ORPO": ORPO, "SFT": SFT}[kind]
     rows = [{"input_ids": each["input_ids"].tolist(), "labels": each["labels"].tolist()} for each in sequences(20)]
@@ -77,11 +77,13 @@ def test_evaluation(tmp_path, kind):
         assert results[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+@slow
 def test_packed_batches(tmp_path):
     rows = [{"input_ids": each["input_ids"].tolist(), "labels": each["labels"].tolist()} for each in sequences(20)]
     run_beside(*SFT, Dataset.from_list(rows), tmp_path, padding_free=True, max_length=None)
 
 
+@slow
 @pytest.mark.parametrize("name", ["label_smoothing_factor", "compute_loss_func"])
 def test_losses_of_the_users_own_see_logits(tmp_path, name):
     def half_the_loss(outputs, labels, num_items_in_batch=None):
