@@ -15,7 +15,7 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 from ..kernels import linear_jsd
 from .arguments import LigerTRLArguments
 from .deferred_head import HeadTensors
-from .mixin import LigerLossMixin, apply_liger_loss
+from .mixin import LigerLossMixin, _causal_lm, _has_adapter_on_head, apply_liger_loss
 from .pairs import shifted
 
 __all__ = ["LigerDistillationConfig", "LigerDistillationTrainer", "LigerGKDConfig", "LigerGKDTrainer"]
@@ -83,7 +83,16 @@ class LigerDistillationTrainer(LigerLossMixin, DistillationTrainer):
     """
 
     def replace_loss(self) -> None:
-        """Nothing is installed: the loss is chosen in each forward."""
+        """Nothing is installed: the loss is chosen in each forward.
+
+        Raises:
+            ValueError: for an adapter on the head, whose weight alone TRL's code hands on.
+        """
+        if _has_adapter_on_head(_causal_lm(self.model)):
+            raise ValueError(
+                f"{type(self).__name__} reads the weight of the LM head alone, so that an adapter on it would never be "
+                "trained. Take the head out of target_modules, or use LigerGKDTrainer."
+            )
 
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         if not self.uses_liger_loss:

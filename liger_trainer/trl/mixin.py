@@ -29,9 +29,13 @@ except ImportError:  # then no head has an adapter
 __all__ = ["LigerLossMixin", "apply_liger_loss"]
 
 
-def _causal_lm(model: nn.Module) -> nn.Module:
+def _causal_lm(model: Any) -> Any:
     """The model of transformers inside wrappers of accelerate and peft."""
     return unwrap_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
+
+
+def _has_adapter_on_head(model: Any) -> bool:
+    return isinstance(model.get_output_embeddings(), BaseTunerLayer)
 
 
 def _head_options(trainer: Any, options: HeadOptions) -> HeadOptions:
@@ -111,7 +115,7 @@ class LigerLossMixin:
         asked = trainer.args.use_liger if isinstance(trainer.args, LigerArguments) else True
         self.uses_liger_loss = asked and not disabled()
         if not self.uses_liger_loss:
-            if isinstance(_causal_lm(trainer.model).get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
+            if _has_adapter_on_head(_causal_lm(trainer.model)):
                 raise ValueError(
                     f"{type(self).__name__} trains an adapter on the LM head with use_liger=True alone, since TRL's "
                     "own loss would ignore it. Set use_liger=True, or take the head out of target_modules."

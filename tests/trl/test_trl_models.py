@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from beside_trl import arguments, assert_same_run, pairs, run_beside, slow, tokenizer
-from peft import LoraConfig, PromptTuningConfig, TaskType
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from tiny_models import VOCAB, tiny_llama
 from transformers import (
     CohereConfig,
@@ -23,7 +23,15 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from liger_trainer.trl import LigerDPOConfig, LigerDPOTrainer, LigerORPOConfig, LigerORPOTrainer, apply_liger_loss
+from liger_trainer.trl import (
+    LigerDistillationConfig,
+    LigerDistillationTrainer,
+    LigerDPOConfig,
+    LigerDPOTrainer,
+    LigerORPOConfig,
+    LigerORPOTrainer,
+    apply_liger_loss,
+)
 from liger_trainer.trl.mixin import _adapters_allowed_on_heads
 
 DPO = (LigerDPOTrainer, DPOTrainer), (LigerDPOConfig, DPOConfig)
@@ -213,6 +221,14 @@ def test_stock_arguments_will_do(tmp_path):
 
 
 def test_what_cannot_work_says_so_at_construction(tmp_path):
+    with pytest.raises(ValueError, match=r"(?i)adapter .*never be\s+trained|reads `lm_head.weight` directly"):
+        LigerDistillationTrainer(
+            model=get_peft_model(tiny_llama(), adapter({"target_modules": ["lm_head"]})["peft_config"]),
+            teacher_model=tiny_llama(1),
+            args=arguments(LigerDistillationConfig, tmp_path),
+            train_dataset=pairs().select_columns(["prompt"]),
+            processing_class=tokenizer(),
+        )
     dora = LoraConfig(r=4, use_dora=True, target_modules=["lm_head"], task_type=TaskType.CAUSAL_LM)
     with pytest.raises(ValueError, match=r"the LM head of LlamaForCausalLM can't do without its logits: .*DoRA"):
         LigerDPOTrainer(
