@@ -121,6 +121,11 @@ class LigerLossMixin:
                     "own loss would ignore it. Set use_liger=True, or take the head out of target_modules."
                 )
             return
+        if getattr(trainer.args, "cast_lm_head_to_fp32", False) and _has_adapter_on_head(_causal_lm(trainer.model)):
+            raise ValueError(
+                "cast_lm_head_to_fp32=True replaces the forward of the LM head by one that leaves its adapter out. Set "
+                "it to False, or take the head out of target_modules."
+            )
         if not isinstance(trainer.args, LigerArguments) and not any(
             isinstance(each, LigerCallback) for each in trainer.callback_handler.callbacks
         ):

@@ -28,6 +28,8 @@ from liger_trainer.trl import (
     LigerDistillationTrainer,
     LigerDPOConfig,
     LigerDPOTrainer,
+    LigerGRPOConfig,
+    LigerGRPOTrainer,
     LigerORPOConfig,
     LigerORPOTrainer,
     apply_liger_loss,
@@ -237,6 +239,15 @@ def test_what_cannot_work_says_so_at_construction(tmp_path):
             train_dataset=pairs(),
             processing_class=tokenizer(),
             peft_config=dora,
+        )
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True replaces the forward of the LM head"):
+        LigerGRPOTrainer(
+            model=tiny_llama(),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=arguments(LigerGRPOConfig, tmp_path, cast_lm_head_to_fp32=True, num_generations=2),
+            train_dataset=pairs().select_columns(["prompt"]),
+            processing_class=tokenizer(),
+            **adapter({"target_modules": ["lm_head"]}),
         )
     with pytest.raises(ValueError, match="logits_cache_bytes must be at least 0, got -1"):
         LigerDPOConfig(str(tmp_path), logits_cache_bytes=-1)

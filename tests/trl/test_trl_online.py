@@ -53,9 +53,10 @@ def rewarded():
         pytest.param(
             {"loss_type": "dr_grpo", "importance_sampling_level": "sequence", "top_entropy_quantile": 0.5}, marks=slow
         ),
+        pytest.param({"loss_type": "bnpo", "cast_lm_head_to_fp32": True}, marks=slow),
         *(pytest.param({"loss_type": each, "num_iterations": 2}, marks=slow) for each in GRPO_LOSS_TYPES),
     ],
-    ids=lambda options: options["loss_type"],
+    ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_grpo(tmp_path, options):
     run_beside(
