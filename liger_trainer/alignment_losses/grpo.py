@@ -124,7 +124,8 @@ def _reduced(losses: Tensor, mask: Tensor, options: GRPOOptions, num_items: Tens
         return total / (len(losses) * options.max_completion_length)
     if options.loss_type == "bnpo" or num_items is None:
         num_items = mask.sum()
-    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)  # dapo: Yu et al., 2025, 2503.14476
+    # dapo: Yu et al., 2025, https://arxiv.org/abs/2503.14476
+    return total / (num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1))
 
 
 def grpo_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ def jsd_loss(
         return divergence(teacher_log_probs, student_log_probs)
     if beta == 1:
         return divergence(student_log_probs, teacher_log_probs)
-    weights = student_log_probs.new_tensor([1 - beta, beta]).log()
-    mixture = torch.logaddexp(student_log_probs + weights[0], teacher_log_probs + weights[1])
+    mixture = torch.logaddexp(student_log_probs + math.log(1 - beta), teacher_log_probs + math.log(beta))
     return beta * divergence(teacher_log_probs, mixture) + (1 - beta) * divergence(student_log_probs, mixture)
 
 

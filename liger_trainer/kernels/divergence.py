@@ -74,7 +74,7 @@ class _JSDFunction(torch.autograd.Function):
         refuse_double_backward("jsd")
         (gradient,) = ctx.saved_tensors
         half = gradient.dtype == torch.float16
-        factor = upstream.new_tensor(1 / FP16_GRADIENT_SCALE) if half else None
+        factor = upstream.new_full((), 1 / FP16_GRADIENT_SCALE) if half else None
         return (finish(gradient, gradient.dtype, factor, upstream), *(None,) * 5)
 
 

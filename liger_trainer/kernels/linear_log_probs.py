@@ -297,7 +297,7 @@ class _LinearLogProbs(torch.autograd.Function):
         *tensors, hidden_gradient = ctx.saved_tensors
         half = options.compute_dtype == torch.float16
         if ctx.frozen_head and upstream[0] is not None and len(given) == 1:
-            factor = upstream[0].new_tensor(1 / FP16_GRADIENT_SCALE) if half else None
+            factor = upstream[0].new_full((), 1 / FP16_GRADIENT_SCALE) if half else None
             return (finish(hidden_gradient, ctx.dtypes[0], factor, upstream[0]), None, None, None, *rest)
         # Rows that weigh 1/N each would underflow in fp16: there the largest gradient that comes in is made
         # FP16_GRADIENT_SCALE, and what goes out is divided by as much in fp32.
