@@ -9,10 +9,11 @@ import torch
 from beside_trl import TILE_ROWS, arguments, logged, pairs, run_beside, slow, tokenizer
 from datasets import Dataset
 from tiny_models import HIDDEN, VOCAB, sequences, tiny_llama
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, TrlParser
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from wide_tensors import wide_tensors
 
+from liger_trainer import trl
 from liger_trainer.trl import (
     LigerDPOConfig,
     LigerDPOTrainer,
@@ -83,22 +84,27 @@ def test_packed_batches(tmp_path):
     run_beside(*SFT, Dataset.from_list(rows), tmp_path, padding_free=True, max_length=None)
 
 
+@pytest.mark.parametrize(
+    "options", [{"gradient_accumulation_steps": 2}, pytest.param({"average_tokens_across_devices": False}, marks=slow)]
+)
+def test_label_smoothing_needs_no_logits(tmp_path, options):
+    rows = [{"input_ids": each["input_ids"].tolist(), "labels": each["labels"].tolist()} for each in sequences(20)]
+    run_beside(*SFT, Dataset.from_list(rows), tmp_path, label_smoothing_factor=0.1, **options)
+
+
 @slow
-@pytest.mark.parametrize("name", ["label_smoothing_factor", "compute_loss_func"])
-def test_losses_of_the_users_own_see_logits(tmp_path, name):
+def test_a_loss_of_the_users_own_sees_logits(tmp_path):
     def half_the_loss(outputs, labels, num_items_in_batch=None):
         logits = outputs.logits[:, :-1].flatten(0, 1)
         return 0.5 * torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
 
     rows = [{"input_ids": each["input_ids"].tolist(), "labels": each["labels"].tolist()} for each in sequences(20)]
-    options = {"label_smoothing_factor": 0.1} if name == "label_smoothing_factor" else {}
     run_beside(
         *SFT,
         Dataset.from_list(rows),
         tmp_path,
         widest=None,
-        trainer_options=lambda: {} if options else {"compute_loss_func": half_the_loss},
-        **options,
+        trainer_options=lambda: {"compute_loss_func": half_the_loss},
     )
 
 
@@ -115,3 +121,23 @@ def test_a_difference_would_be_seen(tmp_path):
             run_beside(*DPO, pairs(), tmp_path, trainer_options=lambda: {"ref_model": tiny_llama(1)})
     finally:
         mixin._head_options = original
+
+
+@pytest.mark.parametrize("name", [name for name in trl.__all__ if name.endswith("Config")])
+def test_configs_parse_from_a_command_line(tmp_path, name):
+    config = getattr(trl, name)
+    command = [
+        "--output_dir",
+        str(tmp_path),
+        "--use_liger",
+        "true",
+        "--logits_cache_bytes",
+        "1000",
+        "--use_cpu",
+        "true",
+    ]
+    command += ["--liger_config", '{"tile_bytes": 500}', "--bf16", "false"]
+    (parsed,) = TrlParser(config).parse_args_and_config(command)
+    assert parsed.use_liger and parsed.logits_cache_bytes == 1000 and parsed.liger_config == {"tile_bytes": 500}
+    if name == "LigerSimPOConfig":
+        assert parsed.loss_type == "simpo" and parsed.cpo_alpha == 0
