@@ -320,7 +320,7 @@ def log_prob_rows(
         )
         return
     n_classes = logits.shape[1]
-    block, warps = _tile(n_classes, logits.itemsize, with_gradient=gradient is not None and not known)
+    block, warps = _tile(n_classes, logits.itemsize, with_gradient=gradient is not None)
     # The kernel reads these with unit stride.
     upstreams = [None if each is None else each.contiguous() for each in upstream or RowUpstream()]
     launch(

@@ -4,7 +4,7 @@
 
     from liger_trainer.trl import LigerDPOConfig, LigerDPOTrainer
 
-    LigerDPOTrainer(model, args=LigerDPOConfig("out", use_liger=True), train_dataset=pairs).train()
+    LigerDPOTrainer(model, args=LigerDPOConfig("out"), train_dataset=pairs).train()
 
 TRL's own code of losses and metrics runs unchanged. What is replaced is where its numbers come from: the policy's and
 the reference's log-probabilities, and a student's divergence from its teacher, are computed from hidden states and the

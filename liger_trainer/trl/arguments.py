@@ -14,12 +14,17 @@ class LigerTRLArguments(LigerArguments):
     """The fields that liger_trainer adds to the configs of TRL's trainers.
 
     Attributes:
-        use_liger, liger_config: as :class:`liger_trainer.LigerArguments`; the option ``tile_bytes`` bounds the tiles of
-            logits of the loss as well.
+        use_liger: as :class:`liger_trainer.LigerArguments`, but on unless it is set to False: who takes a config of
+            this package asks for it. Off, the trainer is TRL's.
+        liger_config: as there; the option ``tile_bytes`` bounds the tiles of logits of the loss as well.
         logits_cache_bytes: how many bytes of logits may wait from forward to backward instead of being recomputed, see
             ``cache_bytes`` of :func:`liger_trainer.kernels.linear_log_probs`. None chooses.
     """
 
+    use_liger: bool = field(
+        default=True,
+        metadata={"help": "Replace the model's layers and the loss by liger_trainer's kernels."},
+    )
     logits_cache_bytes: int | None = field(
         default=None,
         metadata={"help": "Bytes of logits that may wait from forward to backward instead of being recomputed."},

@@ -82,7 +82,6 @@ def arguments(config: type, tmp_path: Any, **options: Any) -> Any:
     }
     if "use_liger" in {field.name for field in fields(config)}:
         common |= {
-            "use_liger": True,
             "liger_config": {"tile_bytes": TILE_ROWS * ROW_BYTES},
             "logits_cache_bytes": TILE_ROWS * ROW_BYTES,
         }
