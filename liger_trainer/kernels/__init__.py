@@ -3,6 +3,7 @@
 They know nothing of transformers or TRL and serve any PyTorch loop.
 """
 
+from ._force_torch import force_from_environment, use_torch
 from .add_rms_norm import add_rms_norm
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .divergence import jsd, kl_div
@@ -31,4 +32,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
+    "use_torch",
 ]
+
+force_from_environment()

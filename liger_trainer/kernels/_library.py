@@ -18,6 +18,7 @@ unpacking them for ours: where it could only choose what is registered here, :cl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType
@@ -30,9 +31,11 @@ from ._triton import HAS_TRITON
 
 __all__ = [
     "NAMESPACE",
+    "OPS",
     "Op",
     "define",
     "define_differentiable",
+    "force",
     "graph_is_kept",
     "interpreted_kernels",
     "refuse_double_backward",
@@ -47,6 +50,7 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _profiling = torch._C._autograd._profiler_enabled
 # Classes that have no say of their own in how an op is called.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, torch.dtype})
+_forced: frozenset[str] = frozenset()  # families that the torch implementations serve everywhere
 
 
 class Op:
@@ -54,10 +58,14 @@ class Op:
 
     Plain tensors on a GPU, with no mode, transform or profiler that wants to see the op, go straight to what is
     registered here, unless a kernel is registered for the device's dispatch key when the op is first called there.
+
+    Attributes:
+        family: the name without its direction, by which :func:`use_torch` knows it.
     """
 
     def __init__(self, name: str, kernel: Callable[..., Any] | None, reference: Callable[..., Any]) -> None:
         self.name = name
+        self.family = re.sub(r"(_rows)?_(forward|backward)_?$", "", name)
         self.kernel = kernel
         self.reference = reference
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -68,6 +76,8 @@ class Op:
         return self._default_on(args[0].device.type)(*args)
 
     def _default_on(self, device_type: str) -> Callable[..., Any]:
+        if self.family in _forced:
+            return self.reference
         has_triton = HAS_TRITON if device_type in TRITON_DEVICES else _triton_on_cpu and device_type == "cpu"
         return self.reference if self.kernel is None or not has_triton else self.kernel
 
@@ -82,11 +92,33 @@ class Op:
         return direct(*args)
 
     def _chosen_on(self, device_type: str) -> Callable[..., Any]:
+        if self.family in _forced:
+            return self.reference
         if device_type not in TRITON_DEVICES:
             return self.overload
         key = torch._C._dispatch_key_for_device(device_type)
         taken_over = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", key)
         return self.overload if taken_over else self._default_on(device_type)
+
+    def implementation(self, device_type: str) -> str:
+        """What serves plain tensors of the device: ``"torch"``, ``"triton"``, or ``"registered"`` by another package."""
+        if self.family in _forced:
+            return "torch"
+        key = torch._C._dispatch_key_for_device(device_type)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", key):
+            return "registered"
+        return "torch" if self._default_on(device_type) is self.reference else "triton"
+
+
+OPS: dict[str, Op] = {}
+
+
+def force(families: frozenset[str]) -> None:
+    """Have the torch implementations serve these families, and no others, from the next call on."""
+    global _forced
+    _forced = families
+    for op in OPS.values():
+        op._direct.clear()
 
 
 def define(
@@ -109,7 +141,7 @@ def define(
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=tags)
-    op = Op(name, kernel, reference)
+    op = OPS[name] = Op(name, kernel, reference)
     _library.impl(name, op.default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return op
