@@ -1,4 +1,10 @@
-"""``python -m liger_trainer plan MODEL``: what would be replaced in a model, and what it saves; needs no weights."""
+"""The command line.
+
+``python -m liger_trainer plan MODEL``
+    what would be replaced in a model, and what it saves; needs no weights.
+``python -m liger_trainer env``
+    versions, devices, what serves each op, and a self-test of every op on this machine.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +23,16 @@ __all__ = ["main"]
 def _parser() -> argparse.ArgumentParser:
     from .patching.options import Options
 
-    parser = argparse.ArgumentParser(prog="python -m liger_trainer", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m liger_trainer", description="Fused kernels for Hugging Face Trainer and TRL."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
+    env = commands.add_parser(
+        "env",
+        help="versions, devices, what serves each op, and a self-test of every op",
+        description="Print what a bug report needs to say of this machine, and test every op on it.",
+    )
+    env.add_argument("--no-test", action="store_true", help="leave out the self-test")
     command = commands.add_parser(
         "plan",
         help="what would be replaced in a model, and what that saves",
@@ -71,9 +85,17 @@ def _without_weights(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 1 where nothing would be replaced."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0; 1 where nothing would be replaced, or an op failed its self-test; 2 for bad input.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.command == "env":
+        from ._environment_report import print_environment
+
+        return print_environment(test=not options.no_test)
     import torch
     import transformers
 

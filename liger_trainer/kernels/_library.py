@@ -101,7 +101,7 @@ class Op:
         return self.overload if taken_over else self._default_on(device_type)
 
     def implementation(self, device_type: str) -> str:
-        """What serves plain tensors of the device: ``"torch"``, ``"triton"``, or ``"registered"`` by another package."""
+        """What serves the device's plain tensors: ``"torch"``, ``"triton"``, or ``"registered"`` by others."""
         if self.family in _forced:
             return "torch"
         key = torch._C._dispatch_key_for_device(device_type)
