@@ -69,7 +69,7 @@ def test_it_nests_and_survives_an_error(calls):
         with use_torch("geglu"):
             assert _force_torch.forced_ops() == ["gated_activation", "rms_norm"]
         with pytest.raises(TypeError), use_torch("geglu"):
-            geglu(None, None)
+            geglu(torch.ones(2, dtype=torch.int64), torch.ones(2))
         assert _force_torch.forced_ops() == ["rms_norm"]
     assert _force_torch.forced_ops() == []
 
