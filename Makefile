@@ -1,6 +1,7 @@
 # make sft    fine-tune SmolLM2-135M on dialogues, with liger_trainer beside without
 # make test   the test suite
 # make lint   ruff
+# make docs   the site, into build/site, without a warning
 #
 # make benchmarks         measure each op beside its peers on this machine's accelerator, into benchmarks/results
 # make benchmark-report   write docs/benchmarks.md and its plots from benchmarks/results
@@ -16,7 +17,7 @@ ARGS   ?=
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: sft test lint format benchmarks benchmark-report perf venv clean
+.PHONY: sft test lint format docs benchmarks benchmark-report perf venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +36,15 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+READY_DOCS := $(VENV)/.ready-docs
+
+docs: $(READY_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+$(READY_DOCS): $(READY)
+	$(BIN)/pip install -e ".[docs]"
+	@touch $@
 
 OPS         := linear_cross_entropy linear_log_probs preference_losses linear_jsd cross_entropy rms_norm add_rms_norm layer_norm rotary gated_activation
 READY_BENCH := $(VENV)/.ready-bench

@@ -19,10 +19,10 @@ class LigerArguments:
 
     Put it before any subclass of ``transformers.TrainingArguments``, TRL's configs included:
 
-    .. code-block:: python
-
-        @dataclass
-        class LigerSFTConfig(LigerArguments, SFTConfig): ...
+    ```python
+    @dataclass
+    class MyConfig(LigerArguments, SFTConfig): ...
+    ```
 
     Arguments with ``use_liger=True`` patch the model of every Trainer that gets them, transformers' and TRL's own
     included.

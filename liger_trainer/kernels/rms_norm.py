@@ -162,14 +162,11 @@ def rms_norm(
     The mean and the reciprocal root are computed in fp32 (fp64 for an fp64 x). ``casting`` says where results are
     rounded, in which models differ; with ``n`` the normalised row in fp32:
 
-    ==========  ===================================================  ======================================
-    casting     formula                                              dtype of the result
-    ==========  ===================================================  ======================================
-    ``llama``   ``(offset + weight) * n.to(x.dtype)``                promoted from x's and the weight's
-    ``gemma``   ``(n * (offset + weight.float())).to(x.dtype)``      x's
-    ``none``    ``n * (offset + weight.float())``, as F.rms_norm     x's; fp32 where autocast gives F.rms_norm
-                                                                     fp32
-    ==========  ===================================================  ======================================
+    | casting | formula | dtype of the result |
+    | --- | --- | --- |
+    | ``llama`` | ``(offset + weight) * n.to(x.dtype)`` | promoted from x's and the weight's |
+    | ``gemma`` | ``(n * (offset + weight.float())).to(x.dtype)`` | x's |
+    | ``none`` | ``n * (offset + weight.float())``, as F.rms_norm | x's; fp32 where autocast gives F.rms_norm fp32 |
 
     Args:
         x: (..., H), any floating point dtype, any strides. Rows that a single stride reaches are not copied, transposed
