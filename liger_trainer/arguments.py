@@ -34,9 +34,9 @@ class LigerArguments:
             None.
 
     Raises:
-        ValueError: an unknown option in `liger_config`, text that does not parse, a path that is not a file;
-            ``use_liger`` together with transformers' ``use_liger_kernel``.
-        TypeError: an option's value has the wrong type.
+        ValueError: `liger_config` is text that does not parse, or a path that is not a file; ``use_liger`` goes
+            together with transformers' ``use_liger_kernel``.
+        TypeError: `liger_config` has an unknown option, or an option's value has the wrong type.
     """
 
     use_liger: bool = field(

@@ -96,12 +96,17 @@ def main() -> int:
     for module in list(sys.modules.values()):
         if module.__name__.startswith("liger_trainer.kernels.") and hasattr(module, "launch"):
             module.launch = compiler  # type: ignore[attr-defined]
-    # Blocks and warps follow the width of a row; heads, whose products are PyTorch's, stay small.
+    # Blocks and warps follow the width of a row.
     wide = [Sizes(tokens=2, width=width, classes=width) for width in (2000, 8192, 20000, 40000)]
+    vocabulary = Sizes(tokens=2, width=8, classes=140000)
     with _library.interpreted_kernels():
         for case in CASES:
-            by_row = "norm" in case.name or case.op.__name__ in ("cross_entropy", "jsd", "kl_div", "swiglu", "geglu")
-            for sizes in (RAGGED, *wide) if by_row else (RAGGED,):
+            name = case.op.__name__
+            by_width = "norm" in name or name in ("swiglu", "geglu")
+            sizes_of = wide if by_width else [] if name == "rotary" else [vocabulary]
+                wide if "norm" in name or name in ("swiglu", "geglu") else [] if name == "rotary" else [vocabulary]
+            )
+            for sizes in (RAGGED, *sizes_of):
                 run(case.make("cpu", getattr(torch, asked.dtype), sizes))
     print(
         f"{len(compiler.compiled)} kernels compiled; the largest takes {compiler.most_threads} threads, "
