@@ -104,8 +104,6 @@ def main() -> int:
             name = case.op.__name__
             by_width = "norm" in name or name in ("swiglu", "geglu")
             sizes_of = wide if by_width else [] if name == "rotary" else [vocabulary]
-                wide if "norm" in name or name in ("swiglu", "geglu") else [] if name == "rotary" else [vocabulary]
-            )
             for sizes in (RAGGED, *sizes_of):
                 run(case.make("cpu", getattr(torch, asked.dtype), sizes))
     print(
