@@ -1,4 +1,4 @@
-"""Gradients of a norm's weight and bias over more programs than the kernel that adds up their shares takes at a time."""
+"""Gradients of a norm's weight and bias from more programs than one step of the kernel that sums their shares."""
 
 from __future__ import annotations
 
