@@ -20,6 +20,7 @@ LCE = "tests/kernels/test_linear_cross_entropy.py"
 LLP = "tests/kernels/test_linear_log_probs.py"
 JSD = "tests/kernels/test_divergence.py"
 LJSD = "tests/kernels/test_linear_jsd.py"
+PARTITION = "tests/kernels/test_partition.py"
 TILES = "tests/kernels/test_tiles.py"
 LABELS = "tests/kernels/test_labels_out_of_range.py"
 CALLS = "tests/test_wrong_calls.py"
@@ -347,7 +348,7 @@ FAULTS = [
         "_tiles",
         "valid_before += tl.sum(valid, 0)",
         "valid_before += tl.sum(valid, 0) - (start > 0)",
-        TILES,
+        PARTITION,
     ),
     Fault(
         "head: scale applied twice in place",
