@@ -422,7 +422,8 @@ def _tile(n_classes: int, itemsize: int, with_gradient: bool) -> tuple[int, int]
     if with_gradient:
         widest = 8192 if n_classes * itemsize <= 2**17 else 16384
     block = min(max(triton.next_power_of_2(n_classes), 16), widest)
-    return block, max(4, block // 512)
+    most_warps = 16 if torch.version.hip else 32  # of 64 threads there, 1024 in all
+    return block, min(max(4, block // 512), most_warps)
 
 
 def softmax_loss_rows(

@@ -114,6 +114,13 @@ def _fit_trl_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_runs(page: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = [block for block in blocks(page) if block.language == "python" and "npu_kernels" not in block.text]
+    if any("define(" in block.text for block in found):
+        # An op that is defined stays with the process, where other tests would find it.
+        code = "\n".join(block.text for block in found)
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        return
     world = World(folder)
     if any("liger_trainer.trl" in block.text for block in found):
         _fit_trl_to_this_machine(monkeypatch)
@@ -186,7 +193,7 @@ def test_settings_name_every_option() -> None:
         cells = [cell.strip() for cell in row.split("|")]
         for name in re.findall(r"`(\w+)`", cells[1]):
             default = Options.__dataclass_fields__[name].default
-            assert cells[2] == {True: "on", False: "off", None: "chosen"}[default], name
+            assert cells[2] in {True: ("on",), False: ("off",), None: ("chosen", "none")}[default], name
 
 
 def test_migration_names_what_exists() -> None:
