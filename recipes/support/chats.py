@@ -142,21 +142,29 @@ class PackingCollator:
         return {key: torch.tensor(values) for key, values in batch.items()}
 
 
+def load_rows(source: str, root: Path) -> Dataset:
+    """Rows of a JSON Lines file (relative to the working directory or to `root`) or of a dataset ``name[:split]``.
+
+    Raises:
+        FileNotFoundError: `source` names a file that isn't there.
+    """
+    file = next((path for path in (Path(source), root / source) if path.is_file()), None)
+    if file is not None:
+        return load_dataset("json", data_files=str(file), split="train")
+    if source.endswith((".json", ".jsonl")):
+        raise FileNotFoundError(f"no file {source}, neither in {Path.cwd()} nor in {root}")
+    name, _, split = source.partition(":")
+    return load_dataset(name, split=split or "train")
+
+
 def load_chats(source: str, root: Path) -> Dataset:
-    """Chats from a JSON Lines file (relative to the working directory or to `root`) or a dataset ``name[:split]``.
+    """Chats, given as to `load_rows`.
 
     Raises:
         ValueError: the data has no ``messages`` column.
         FileNotFoundError: `source` names a file that isn't there.
     """
-    file = next((path for path in (Path(source), root / source) if path.is_file()), None)
-    if file is not None:
-        data = load_dataset("json", data_files=str(file), split="train")
-    elif source.endswith((".json", ".jsonl")):
-        raise FileNotFoundError(f"no file {source}, neither in {Path.cwd()} nor in {root}")
-    else:
-        name, _, split = source.partition(":")
-        data = load_dataset(name, split=split or "train")
+    data = load_rows(source, root)
     if "messages" not in data.column_names:
         raise ValueError(f"{source} must have a column `messages` of chats, it has {', '.join(data.column_names)}")
     return data
