@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trl import ModelConfig, get_peft_config
 
@@ -46,8 +47,12 @@ def main(argv: list[str] | None = None) -> LigerGKDTrainer:
         student = fewer_layers(teacher, student_options.student_layers)
     else:
         student, tokenizer = load_policy(model_options, args)
+
+    def fits(row: dict[str, Any]) -> bool:  # GKD's collator cuts from the start, and refuses a chat without its prompt
+        return len(tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]) <= args.max_length
+
     with args.main_process_first(desc="preparing the data"):
-        train, heldout = (load_chats(source, ROOT) for source in (data.train_data, data.heldout_data))
+        train, heldout = (load_chats(source, ROOT).filter(fits) for source in (data.train_data, data.heldout_data))
 
     trainer = LigerGKDTrainer(
         student,

@@ -17,7 +17,7 @@ from trl import ModelConfig, TrlParser
 from .measure import device_name, share_of_cores
 from .models import find_model, load_model
 
-TIMINGS = ("runtime", "per_second", "epoch")
+NO_FIGURES = ("runtime", "per_second", "num_tokens", "epoch")
 
 
 @dataclass
@@ -70,7 +70,7 @@ def show_before_and_after(trainer: Trainer, title: str) -> dict[str, tuple[float
     """Evaluate `trainer` after its training, and print every held-out figure beside what it was before.
 
     Returns:
-        ``{name: (before, after)}``, the names without ``eval_``, timings left out; on every process.
+        ``{name: (before, after)}``, the names without ``eval_``, timings and counts left out; on every process.
     """
     trainer.evaluate()
     logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -78,7 +78,7 @@ def show_before_and_after(trainer: Trainer, title: str) -> dict[str, tuple[float
     figures = {
         name.removeprefix("eval_"): (first[name], last[name])
         for name in last
-        if name.startswith("eval_") and name in first and not name.endswith(TIMINGS)
+        if name.startswith("eval_") and name in first and not name.endswith(NO_FIGURES)
     }
     if trainer.is_world_process_zero():
         table = Table()

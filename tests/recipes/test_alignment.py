@@ -65,8 +65,16 @@ def command_line(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_without_logits_and_shows_held_out_figures(
-    recipe: str, command_line: Any, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+    recipe: str,
+    command_line: Any,
+    tiny_llama: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def keywords(completions: Any, **_: Any) -> list[float]:  # a random model says none, and rewards must differ
+        return [float(len(completion[-1]["content"])) for completion in completions]
+
+    monkeypatch.setattr(grpo, "keywords", keywords)
     threads = torch.get_num_threads()
     try:
         with wide_tensors(VOCAB, rows=TILE_ROWS, hidden_size=HIDDEN) as found:
@@ -79,9 +87,10 @@ def test_a_recipe_trains_without_logits_and_shows_held_out_figures(
 
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluated] == [0, 2]
-    assert evaluated[0]["eval_loss"] != evaluated[1]["eval_loss"]
+    figure = "eval_reward" if recipe == "grpo" else "eval_loss"
+    assert evaluated[0][figure] != evaluated[1][figure]
     shown = capsys.readouterr().out
-    assert f"{evaluated[0]['eval_loss']:.4f}" in shown and f"{evaluated[1]['eval_loss']:.4f}" in shown
+    assert all(f"{entry[figure]:.4f}" in shown for entry in evaluated)
     expected = {"distill": "loss", "grpo": "rewards/keywords/mean"}.get(recipe, "rewards/margins")
     assert expected in shown
 
