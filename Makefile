@@ -1,4 +1,9 @@
 # make sft    fine-tune SmolLM2-135M on dialogues, with liger_trainer beside without
+#
+# make dpo, orpo, cpo, simpo, kto   align it by preferences made from the dialogues
+# make distill                      teach some of its layers by all of them
+# make grpo                         reward sampled answers
+#
 # make test   the test suite
 # make lint   ruff
 # make docs   the site, into build/site, without a warning
@@ -17,7 +22,9 @@ ARGS   ?=
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: sft test lint format docs benchmarks benchmark-report perf venv clean
+ALIGNMENT := dpo orpo cpo simpo kto distill grpo
+
+.PHONY: sft $(ALIGNMENT) test lint format docs benchmarks benchmark-report perf venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +32,9 @@ help:
 
 sft: $(READY)
 	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml recipes/sft_llama.py --compare true $(ARGS)
+
+$(ALIGNMENT): $(READY)
+	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml recipes/$@.py $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
