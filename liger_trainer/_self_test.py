@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,8 +52,12 @@ class SelfTestResult:
 @dataclass(frozen=True)
 class _Case:
     name: str
-    function: Callable[[Tensors], Any]
-    shapes: dict[str, tuple[int, ...]]  # those that start with "teacher", cos and sin want no gradient
+    function: Callable[..., Any]  # of the tensors, and of the options by name
+    shapes: Mapping[str, tuple[int, ...]]  # those that start with "teacher", cos and sin want no gradient
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, tensors: Tensors) -> Any:
+        return self.function(tensors, **self.options)
 
     def make(self) -> Tensors:
         """Standard normal numbers in float64, and labels of which every third is ignored."""
@@ -81,7 +85,7 @@ def _cases() -> list[_Case]:
     k = kernels
     return [
         *(
-            _Case(f"rms_norm ({c})", lambda t, c=c: k.rms_norm(t["x"], t["weight"], casting=c), norm)
+            _Case(f"rms_norm ({c})", lambda t, **o: k.rms_norm(t["x"], t["weight"], **o), norm, {"casting": c})
             for c in ("llama", "gemma", "none")
         ),
         _Case("add_rms_norm", lambda t: k.add_rms_norm(t["x"], t["residual"], t["weight"]), {**norm, "residual": rows}),
@@ -89,14 +93,15 @@ def _cases() -> list[_Case]:
         *(
             _Case(
                 f"rotary ({'interleaved' if i else 'halves'})",
-                lambda t, i=i: k.rotary(t["q"], t["k"], t["cos"], t["sin"], interleaved=i),
+                lambda t, **o: k.rotary(t["q"], t["k"], t["cos"], t["sin"], **o),
                 {"q": heads, "k": (BATCH, 1, *heads[2:]), "cos": (1, TOKENS, 64), "sin": (1, TOKENS, 64)},
+                {"interleaved": i},
             )
             for i in (False, True)
         ),
         _Case("swiglu", lambda t: k.swiglu(t["gate"], t["up"]), gated),
         *(
-            _Case(f"geglu ({a})", lambda t, a=a: k.geglu(t["gate"], t["up"], approximate=a), gated)
+            _Case(f"geglu ({a})", lambda t, **o: k.geglu(t["gate"], t["up"], **o), gated, {"approximate": a})
             for a in ("tanh", "none")
         ),
         _Case(
@@ -107,10 +112,9 @@ def _cases() -> list[_Case]:
         *(
             _Case(
                 f"linear_cross_entropy ({r})",
-                lambda t, r=r: k.linear_cross_entropy(
-                    t["hidden"], t["weight"], t["labels"], reduction=r, softcap=5.0, tile_bytes=tile
-                ),
+                lambda t, **o: k.linear_cross_entropy(t["hidden"], t["weight"], t["labels"], softcap=5.0, **o),
                 head,
+                {"reduction": r, "tile_bytes": tile},
             )
             for r in ("mean", "none")
         ),
@@ -145,7 +149,7 @@ def _outcome(case: _Case, values: Tensors) -> list[Tensor]:
         for name, tensor in values.items()
         if tensor.is_floating_point() and not name.startswith(("teacher", "cos", "sin"))
     }
-    found = case.function(values)
+    found = case.run(values)
     results = [found] if isinstance(found, Tensor) else [each for each in found if each is not None]
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in results]
