@@ -52,10 +52,7 @@ class DeferredLogProbs:
             or options
         ):
             return self.materialize().gather(dim, index, **options)
-        weight, bias = logits.head.tensors()
-        n_classes = logits.transform.n_classes
-        if n_classes != logits.head.n_classes:
-            weight, bias = weight[:n_classes], None if bias is None else bias[:n_classes]
+        weight, bias = logits.head.tensors(logits.transform.n_classes)
         labels = index.squeeze(-1)
         log_probs = linear_log_probs(
             logits.hidden,

@@ -66,12 +66,18 @@ class Head:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def tensors(self) -> tuple[Tensor, Tensor | None]:
-        """The weight (V, H) and bias (V,).
+    def tensors(self, n_classes: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The weight (V, H) and bias (V,), or the first ``n_classes`` rows of both.
 
         Raises:
             RuntimeError: after the loss, when the head's module is gone or no longer holds its whole weight.
         """
+        weight, bias = self._whole()
+        if n_classes is None or n_classes == self.n_classes:
+            return weight, bias
+        return weight[:n_classes], None if bias is None else bias[:n_classes]
+
+    def _whole(self) -> tuple[Tensor, Tensor | None]:
         if self.weight is not None:
             return self.weight, self.bias
         module = self.module()
@@ -433,9 +439,7 @@ def _fused_cross_entropy(
     if logits.head is None:
         loss = cross_entropy(logits.hidden[..., :n_classes], target, weight=weight, **options)
     else:
-        head_weight, bias = logits.head.tensors()
-        if n_classes != logits.head.n_classes:
-            head_weight, bias = head_weight[:n_classes], None if bias is None else bias[:n_classes]
+        head_weight, bias = logits.head.tensors(n_classes)
         loss = linear_cross_entropy(
             logits.hidden,
             head_weight,

@@ -183,10 +183,7 @@ def head_tensors(logits: Any, owner: Callable[..., Any] | nn.Module) -> HeadTens
             f"the forward of {type(owner).__name__} builds its logits to compute with them, so that a loss can't do "
             "without them. Set use_liger=False, or use TRL's own trainer."
         )
-    weight, bias = logits.head.tensors()
-    n_classes = logits.transform.n_classes
-    if n_classes != logits.head.n_classes:
-        weight, bias = weight[:n_classes], None if bias is None else bias[:n_classes]
+    weight, bias = logits.head.tensors(logits.transform.n_classes)
     options = logits.transform.loss_options()
     return HeadTensors(
         logits.hidden, weight, bias, logits.head.compute_dtype, options["logit_scale"], options.get("softcap")

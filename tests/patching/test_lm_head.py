@@ -14,7 +14,7 @@ from wide_tensors import wide_tensors
 
 import liger_trainer
 from liger_trainer.patching.counted_labels import CountedLabels, count_labels
-from liger_trainer.patching.deferred_logits import DeferredLogits
+from liger_trainer.patching.deferred_logits import DeferredLogits, defer
 from liger_trainer.patching.lazy_logits import LazyLogits
 
 V = 97  # the tiny models' vocabulary
@@ -435,3 +435,17 @@ def test_logits_that_are_read_after_the_loss_are_no_reason_to_warn(tiny):
     outputs, _ = run(model, batch())
     with warnings.catch_warnings(action="error"):
         assert torch.sigmoid(outputs.logits).shape == outputs.logits.shape
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_classes_that_a_model_cuts_off_take_no_part(bias):
+    """As models whose vocabulary is padded slice their logits before the loss."""
+    torch.manual_seed(0)
+    head = nn.Linear(8, 13, bias=bias)
+    hidden, labels = torch.randn(7, 8, requires_grad=True), torch.randint(11, (7,))
+    leaves = [hidden, *head.parameters()]
+    expected = F.cross_entropy(head(hidden)[..., :11], labels)
+    found = F.cross_entropy(defer(head, hidden, logits=None, tile_bytes=3 * 13 * 4)[..., :11], labels)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs)
