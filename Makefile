@@ -72,7 +72,7 @@ $(READY_DOCS): $(READY)
 WHEEL := $(abspath build/wheel)
 
 wheel: $(READY)
-	rm -rf $(WHEEL)
+	rm -rf $(WHEEL) build/lib build/bdist.*
 	$(BIN)/pip wheel --no-deps --wheel-dir $(WHEEL) .
 	$(MAKE) venv VENV=$(WHEEL)/venv PACKAGE="$$(echo $(WHEEL)/*.whl)[recipes]"
 	cd $(WHEEL) && venv/bin/python -m liger_trainer env
