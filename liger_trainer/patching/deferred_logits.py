@@ -28,8 +28,10 @@ from torch.nn import functional as F
 
 from ..kernels import cross_entropy, linear_cross_entropy
 from ..kernels._dtypes import gradient_dtype
+from . import sharding
 from .counted_labels import CountedLabels
 from .deferred_log_probs import DeferredLogProbs
+from .sharding import HeadWeight
 
 __all__ = ["DeferredLogits", "Head", "defer", "label_smoothing"]
 
@@ -38,31 +40,39 @@ class _Tie(torch.autograd.Function):
     """Hands on hidden states, weight and bias through one node.
 
     Their gradients come back together, so that a sharding framework's pre-backward hook on the hidden states has run
-    before the weight's gradient is accumulated.
+    before the weight's gradient is accumulated. They are no views, which FSDP2 warns about.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        return hidden.view_as(hidden), weight.view_as(weight), None if bias is None else bias.view_as(bias)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, copy: bool) -> Any:
+        ctx.set_materialize_grads(False)
+        keep = _copied if copy else Tensor.detach
+        return hidden.detach(), keep(weight), None if bias is None else keep(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients
+        return *gradients, None
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 class Head:
     """The LM head as one forward met it. Opaque to frameworks that look for tensors in a module's outputs.
 
     Its tensors are let go after the loss, so that ``outputs.logits`` pins no weight; later uses take the module's.
+    Where the module has its weight for the time of the forward only, they stay as long as the logits.
     """
 
-    __slots__ = ("bias", "compute_dtype", "module", "n_classes", "tile_bytes", "weight")
+    __slots__ = ("bias", "compute_dtype", "lent", "module", "n_classes", "tile_bytes", "weight")
 
     def __init__(self, module: nn.Linear, compute_dtype: torch.dtype, tile_bytes: int | None) -> None:
         self.module: weakref.ref[nn.Linear] = weakref.ref(module)
         self.compute_dtype = compute_dtype
         self.tile_bytes = tile_bytes
         self.n_classes = module.weight.shape[0]
+        self.lent = not torch.compiler.is_compiling() and sharding.is_lent(module.weight)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -78,19 +88,23 @@ class Head:
         return weight[:n_classes], None if bias is None else bias[:n_classes]
 
     def _whole(self) -> tuple[Tensor, Tensor | None]:
-        if self.weight is not None:
+        compiling = torch.compiler.is_compiling()
+        if self.weight is not None and (compiling or not sharding.is_freed(self.weight)):
             return self.weight, self.bias
         module = self.module()
-        if module is None or module.weight.dim() != 2 or module.weight.shape[0] != self.n_classes:
+        weight = None if module is None else sharding.gathered(module.weight)
+        whole = weight is not None and weight.dim() == 2 and weight.shape[0] == self.n_classes
+        if not whole or (not compiling and sharding.is_freed(weight)):
             raise RuntimeError(
                 "outputs.logits were not built, since the fused loss did not need them, and the LM head's weight is no "
-                "longer whole. Read the logits from a forward without labels, or patch with "
-                "fused_linear_cross_entropy=False."
+                "longer whole. Read the logits before the next forward or backward, or from a forward without labels, "
+                "or patch with fused_linear_cross_entropy=False."
             )
-        return module.weight, module.bias
+        return weight, None if module.bias is None else sharding.gathered(module.bias)
 
     def release(self) -> None:
-        self.weight = self.bias = None
+        if not self.lent:
+            self.weight = self.bias = None
 
 
 @dataclass(frozen=True)
@@ -474,6 +488,7 @@ def defer(
     *,
     logits: Tensor | None,  # (*, V)
     tile_bytes: int | None,
+    weight_as: HeadWeight = HeadWeight.ALIAS,
 ) -> DeferredLogits:
     """What the head ``module`` returns for ``hidden`` in place of logits; with ``logits`` they exist already."""
     if logits is not None:
@@ -482,9 +497,13 @@ def defer(
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type)
     head = Head(module, torch.get_autocast_dtype(device_type) if autocast else hidden.dtype, tile_bytes)
-    # A view's gradient has the view's dtype: a weight that wants another is passed on itself.
-    viewed = torch.compiler.is_dynamo_compiling() or gradient_dtype(weight) == weight.dtype
-    if viewed and torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad:
-        hidden, weight, bias = _Tie.apply(hidden, weight, bias)
+    copy, own_unit = weight_as is HeadWeight.COPY, weight_as is not HeadWeight.ALIAS
+    # A tensor's gradient has the tensor's dtype: a weight that wants another is passed on itself.
+    tied = torch.compiler.is_dynamo_compiling() or gradient_dtype(weight) == weight.dtype
+    if torch.is_grad_enabled() and weight.requires_grad and (own_unit or (tied and hidden.requires_grad)):
+        # Under a unit of its own the head's output needs a gradient, for the unit's hooks, even if its input needs none.
+        hidden, weight, bias = _Tie.apply(hidden, weight, bias, copy)
+    elif copy:
+        weight, bias = _copied(weight), None if bias is None else _copied(bias)
     head.weight, head.bias = weight, bias
     return DeferredLogits(hidden, head, _Transform(head.compute_dtype, head.n_classes), _Cell())

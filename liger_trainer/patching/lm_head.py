@@ -24,6 +24,7 @@ from .lazy_logits import settle
 from .memory import Trial
 from .options import Options
 from .recogniser import ClassSwap, Finding, Skip, apply_all
+from .sharding import keep_whole, unwrapped
 
 __all__ = ["recognise"]
 
@@ -34,12 +35,12 @@ _LABEL_ARGUMENTS = ("labels", "shift_labels")
 def _head_members(fused: bool, tile_bytes: int | None) -> dict[str, Any]:
     @functools.wraps(nn.Linear.forward)
     def forward(self: nn.Linear, input: Tensor) -> Any:
-        if not self._liger_deferring:
+        if self._liger_deferring is None:
             return F.linear(input, self.weight, self.bias)
         logits = None if fused else F.linear(input, self.weight, self.bias)
-        return defer(self, input, logits=logits, tile_bytes=tile_bytes)
+        return defer(self, input, logits=logits, tile_bytes=tile_bytes, weight_as=self._liger_deferring)
 
-    return {"forward": forward, "_liger_deferring": False}
+    return {"forward": forward, "_liger_deferring": None}
 
 
 @functools.cache
@@ -51,7 +52,8 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "_is_replica", False):  # of nn.DataParallel, which gathers outputs that are tensors only
             return original(self, *args, **kwargs)
-        head: Any = _head_of(self)
+        outer = _head_of(self)
+        head: Any = None if outer is None else unwrapped(outer)
         deferring = False
         for name in _LABEL_ARGUMENTS:
             if kwargs.get(name) is not None:
@@ -59,18 +61,18 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
                 deferring = True
             elif name in positions and len(args) > positions[name] - 1 and args[positions[name] - 1] is not None:
                 deferring = True
-        if not deferring or not hasattr(type(head), "_liger_deferring"):
+        if not deferring or outer is None or not hasattr(type(head), "_liger_deferring"):
             return original(self, *args, **kwargs)
         # Of two forwards on one head, one inside the other, the outer one says what leaves the model. (Dynamo would
         # guard on the attribute, which it leaves behind.)
-        if not torch.compiler.is_compiling() and head._liger_deferring:
+        if not torch.compiler.is_compiling() and head._liger_deferring is not None:
             return original(self, *args, **kwargs)
-        head._liger_deferring = True
+        head._liger_deferring = keep_whole(outer)
         try:
             outputs = original(self, *args, **kwargs)
         finally:
             if torch.compiler.is_compiling():
-                head._liger_deferring = False  # Dynamo can't replay a deletion
+                head._liger_deferring = None  # Dynamo can't replay a deletion
             else:
                 del head._liger_deferring
         return settle(outputs)
