@@ -47,7 +47,10 @@ class _Tie(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, copy: bool) -> Any:
         ctx.set_materialize_grads(False)
         keep = _copied if copy else Tensor.detach
-        return hidden.detach(), keep(weight), None if bias is None else keep(bias)
+        kept = keep(weight), None if bias is None else keep(bias)
+        frozen = [each for i, each in enumerate(kept) if each is not None and not ctx.needs_input_grad[1 + i]]
+        ctx.mark_non_differentiable(*frozen)
+        return hidden.detach(), *kept
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -499,11 +502,14 @@ def defer(
     head = Head(module, torch.get_autocast_dtype(device_type) if autocast else hidden.dtype, tile_bytes)
     copy, own_unit = weight_as is HeadWeight.COPY, weight_as is not HeadWeight.ALIAS
     # A tensor's gradient has the tensor's dtype: a weight that wants another is passed on itself.
-    tied = torch.compiler.is_dynamo_compiling() or gradient_dtype(weight) == weight.dtype
-    if torch.is_grad_enabled() and weight.requires_grad and (own_unit or (tied and hidden.requires_grad)):
-        # Under a unit of its own the head's output needs a gradient, for the unit's hooks, even if its input needs none.
+    tied = hidden.requires_grad and (torch.compiler.is_dynamo_compiling() or gradient_dtype(weight) == weight.dtype)
+    # A unit of its own waits for the gradient of the head's output, even where the head's input has none.
+    held = (own_unit or head.lent) and (hidden.requires_grad or weight.requires_grad)
+    if torch.is_grad_enabled() and (tied or held):
         hidden, weight, bias = _Tie.apply(hidden, weight, bias, copy)
     elif copy:
         weight, bias = _copied(weight), None if bias is None else _copied(bias)
+    elif head.lent:  # ZeRO-3 takes the memory out of the parameter, not out of what shares it
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     head.weight, head.bias = weight, bias
     return DeferredLogits(hidden, head, _Transform(head.compute_dtype, head.n_classes), _Cell())

@@ -131,7 +131,8 @@ def _models_with_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
             continue
         if "labels" not in inspect.signature(type(module).forward).parameters:
             continue
-        head = _head_of(module)
+        outer = _head_of(module)
+        head = None if outer is None else unwrapped(outer)
         if head is not None and id(head) in paths:
             yield path, module, paths[id(head)], head
 

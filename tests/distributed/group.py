@@ -1,0 +1,105 @@
+"""Processes that stay: a group of them starts once, with gloo between them, and runs one function after the other.
+
+Starting a process costs seconds of imports, running a tiny model does not.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 120.0  # seconds for one function; a hang ends here
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _serve(rank: int, size: int, port: int, connection: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        HF_HUB_OFFLINE="1",
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((function(*arguments), None))
+        except BaseException:
+            connection.send((None, traceback.format_exc()))
+
+
+class Group:
+    """``size`` processes; :meth:`run` calls a function in each of them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[Any] = []
+        self._connections: list[Any] = []
+
+    def _start(self) -> None:
+        context, port = multiprocessing.get_context("spawn"), _free_port()
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What ``function(*arguments)`` returned in each process, by rank.
+
+        Raises:
+            AssertionError: with the traceback of a process in which it raised, or where one gave no answer in time.
+                The group starts afresh at the next call.
+        """
+        if not self._processes:
+            self._start()
+        for connection in self._connections:
+            connection.send((function, arguments))
+        results, failures = [], []
+        for rank, connection in enumerate(self._connections):
+            # Once one process has failed, the others may wait for it for ever.
+            if connection.poll(2.0 if failures else TIMEOUT):
+                try:
+                    result, failure = connection.recv()
+                except (EOFError, OSError):
+                    result, failure = None, "the process has ended"
+            else:
+                result, failure = None, "no answer"
+            results.append(result)
+            if failure is not None:
+                failures.append(f"rank {rank}: {failure}")
+        if failures:
+            self.stop()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        self._processes, self._connections = [], []

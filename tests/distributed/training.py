@@ -1,0 +1,174 @@
+"""A few training steps of a tiny model, in one process on the whole batch or in several on a share each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_models import sequences, tiny_llama
+from torch import Tensor, nn
+
+from liger_trainer import apply_liger_kernel, is_patched
+from tests.distributed.wrappings import Wrapping, wrapped
+
+ROWS, STEPS = 8, 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how.
+
+    ``adapters``: "", "lora" on the layers, "save" for the head in ``modules_to_save`` besides. ``silent``: the last
+    rank's share of the batch has no labels. ``accumulate``: parts of a step's batch, all but the last without
+    synchronisation.
+    """
+
+    wrapping: Wrapping | None
+    patched: bool = True
+    tied: bool = False
+    adapters: str = ""
+    silent: bool = False
+    accumulate: int = 1
+    checkpointing: bool = False
+    shifted: bool = False
+    frozen: str = ""
+    late: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        parts = [str(self.wrapping), "tied" if self.tied else "untied", self.adapters, self.frozen]
+        parts += [name for name in ("silent", "checkpointing", "shifted", "late") if getattr(self, name)]
+        return "-".join(filter(None, [*parts, f"accumulate{self.accumulate}" if self.accumulate > 1 else ""]))
+
+
+@dataclass
+class Outcome:
+    losses: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # after the last
+    collectives: dict[str, int] = field(default_factory=dict)  # of the last step
+    evaluated: float = 0.0
+    logits: Tensor | None = None
+    read_in_training: Tensor | None = None
+
+
+def build(run: Run) -> nn.Module:
+    model: Any = tiny_llama(tie_word_embeddings=run.tied)
+    if run.adapters:
+        from peft import LoraConfig, get_peft_model
+
+        save = ["lm_head"] if run.adapters == "save" else None
+        torch.manual_seed(3)
+        targets = ["q_proj", "down_proj"]
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=targets, modules_to_save=save, init_lora_weights=False)
+        )
+    if run.frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(("lm_head" in name) == (run.frozen == "body"))
+    if run.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if run.adapters:
+            model.enable_input_require_grads()
+    return model
+
+
+def batch(step: int, silent_from: int | None = None, shifted: bool = False) -> dict[str, Tensor]:
+    """The whole batch of a step; rows from ``silent_from`` on have no labels."""
+    rows = sequences(ROWS, seed=10 + step)
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    if silent_from is not None:
+        stacked["labels"][silent_from:] = -100
+    if shifted:
+        stacked["shift_labels"] = torch.nn.functional.pad(stacked["labels"][:, 1:], (0, 1), value=-100)
+    return stacked
+
+
+def labels_in(whole: dict[str, Tensor]) -> Tensor:
+    return (whole["labels"][:, 1:] != -100).sum()
+
+
+def train(run: Run) -> Outcome | None:
+    """Returns None but in the first process."""
+    rank, size = (0, 1) if run.wrapping is None else (dist.get_rank(), dist.get_world_size())
+    model = build(run)
+    if run.patched and not run.late:
+        apply_liger_kernel(model, **dict(run.options))
+    learning_rate = 0.02 if run.wrapping is not None and run.wrapping.bf16 else 0.2
+    spread = wrapped(model, run.wrapping, learning_rate=learning_rate, steps=run.accumulate)
+    if run.patched and run.late:
+        apply_liger_kernel(model, **dict(run.options))
+    assert is_patched(model) == run.patched
+    outcome = Outcome()
+    silent_from = ROWS - ROWS // _processes(run) if run.silent else None
+    share = ROWS // size
+    for step in range(STEPS):
+        whole = batch(step, silent_from, run.shifted)
+        num_items = labels_in(whole)
+        mine = {name: each[rank * share : (rank + 1) * share] for name, each in whole.items()}
+        part = share // run.accumulate
+        total = torch.zeros(())
+        with ExitStack() as stack:
+            profiler = None
+            if step == STEPS - 1 and size > 1:
+                profiler = stack.enter_context(torch.profiler.profile())
+            for micro in range(run.accumulate):
+                last = micro == run.accumulate - 1
+                inputs = {name: each[micro * part : (micro + 1) * part] for name, each in mine.items()}
+                with ExitStack() as syncing:
+                    if not last:
+                        syncing.enter_context(spread.no_sync())
+                    outputs = spread.model(**inputs, num_items_in_batch=num_items)
+                    total += outputs.loss.detach() / size
+                    spread.backward(outputs.loss * (size if run.wrapping is not None else 1), last)
+                    del outputs
+            if step == 0:
+                outcome.gradients = spread.gradients()
+            spread.step()
+        if profiler is not None:
+            outcome.collectives = _collectives(profiler)
+        if size > 1:
+            dist.all_reduce(total)
+        outcome.losses.append(float(total) * size)
+    outcome.parameters = spread.parameters()
+    _evaluate(run, spread, outcome, rank, share)
+    return outcome if rank == 0 else None
+
+
+def _processes(run: Run) -> int:
+    return dist.get_world_size() if dist.is_initialized() else 2
+
+
+def _collectives(profiler: Any) -> dict[str, int]:
+    names = Counter({each.key: each.count for each in profiler.key_averages() if each.key.startswith("c10d::")})
+    return dict(names)
+
+
+def _evaluate(run: Run, spread: Any, outcome: Outcome, rank: int, share: int) -> None:
+    """Two evaluations, whose logits are read when both are through, and a forward in training mode that is read."""
+    whole = batch(STEPS, shifted=run.shifted)
+    mine = {name: each[rank * share : (rank + 1) * share] for name, each in whole.items()}
+    spread.model.eval()
+    with torch.no_grad():
+        outputs = [spread.model(**mine, num_items_in_batch=labels_in(whole)) for _ in range(2)]
+        outcome.evaluated = float(outputs[0].loss)
+        outcome.logits = outputs[1].logits.float().clone()
+    del outputs
+    spread.model.train()
+    outputs = spread.model(**mine)
+    with torch.no_grad():
+        outcome.read_in_training = (outputs.logits + 0).float()
+    spread.backward(outputs.loss)
+    spread.step()
+
+
+def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of two sets of tensors, relative to the largest entry of each."""
+    assert ours.keys() == theirs.keys()
+    return max(
+        float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-3)) for name in theirs
+    )
