@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..patching import class_swap
 from ..patching.deferred_logits import DeferredLogits, defer
+from ..patching.sharding import is_lent, is_sharded, keep_whole, unwrapped
 
 __all__ = ["HeadTensors", "check_head", "deferring_head", "head_tensors"]
 
@@ -35,20 +36,37 @@ def _adapters(head: Any) -> list[str]:
     return [name for name in head.active_adapters if name in head.lora_A]
 
 
-def _stacked(head: Any, hidden: Tensor) -> tuple[Any, Tensor]:
-    base = head.base_layer
+def _dtype(linear: Any) -> torch.dtype:
+    # Reading `weight` would have ZeRO-3 gather it and take it for one of the layer that runs just now.
+    parameter = next(linear.parameters(), None)
+    return unwrapped(linear).weight.dtype if parameter is None else parameter.dtype
+
+
+def _weight(linear: Any) -> Tensor:
+    """(V, R) weight of an adapter's second layer; what a framework has sharded comes out of the layer's own forward."""
+    inner: Any = unwrapped(linear)
+    parameter = next(linear.parameters(), None)
+    if parameter is not None and not is_lent(parameter) and not is_sharded(linear):
+        return inner.weight
+    device = inner.weight.device if parameter is None else parameter.device
+    one_row_a_rank = torch.eye(inner.in_features, dtype=_dtype(linear), device=device)
+    return linear(one_row_a_rank).t()
+
+
+def _stacked(head: Any, base: Any, hidden: Tensor) -> tuple[Any, Tensor]:
     weights, inputs = [base.weight], [hidden]
     for name in _adapters(head):
         a, b = head.lora_A[name], head.lora_B[name]
-        dropped = head.lora_dropout[name](hidden.to(a.weight.dtype))
+        dropped = head.lora_dropout[name](hidden.to(_dtype(a)))
         inputs.append((a(dropped) * head.scaling[name]).to(hidden.dtype))
-        weights.append(b.weight.to(base.weight.dtype))
+        weights.append(_weight(b).to(base.weight.dtype))
     if len(weights) == 1:
         return base, hidden
     return _StackedHead(torch.cat(weights, 1), base.bias), torch.cat(inputs, -1)
 
 
 def _is_plain(module: Any) -> bool:
+    module = unwrapped(module)
     return (
         isinstance(module, nn.Linear)
         and class_swap.stock_class(module).forward is nn.Linear.forward
@@ -70,18 +88,19 @@ def _reason_against_lora(head: Any) -> str | None:
             return f"adapter {name!r} is a DoRA, which scales the merged weight"
         if not _is_plain(head.lora_A[name]) or not _is_plain(head.lora_B[name]):
             return f"adapter {name!r} is no pair of linear layers"
-        if head.lora_B[name].bias is not None:
+        if unwrapped(head.lora_B[name]).bias is not None:
             return f"adapter {name!r} has a bias"
     return None
 
 
 def _inner(head: Any) -> Any:
-    """What computes the logits behind peft's ``modules_to_save``."""
+    """What computes the logits inside of FSDP1's wrapper and behind peft's ``modules_to_save``."""
+    head = unwrapped(head)
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         active = None if head.disable_adapters else head.active_adapter
         active = active[0] if isinstance(active, list) else active
         saved = head.modules_to_save
-        return saved[active] if active in saved else head.original_module  # noqa: SIM401  a ModuleDict has no get
+        return unwrapped(saved[active] if active in saved else head.original_module)
     return head
 
 
@@ -111,24 +130,37 @@ def check_head(model: Any) -> None:
 
 
 @contextmanager
-def deferring_head(model: Any, tile_bytes: int | None = None) -> Iterator[None]:
-    """Have the head of ``model`` return deferred logits in the forward that runs inside."""
-    head = _inner(model.get_output_embeddings())
-
-    def forward(hidden: Tensor) -> DeferredLogits:
-        module: Any
-        module, hidden = _stacked(head, hidden) if _is_lora(head) else (head, hidden)
-        return defer(module, hidden, logits=None, tile_bytes=tile_bytes)
-
-    before = vars(head).get("forward")
-    head.forward = forward
+def _forward_of(module: Any, forward: Callable[[Tensor], Any]) -> Iterator[None]:
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
         if before is None:
-            del head.forward
+            del module.forward
         else:
-            head.forward = before
+            module.forward = before
+
+
+@contextmanager
+def deferring_head(model: Any, tile_bytes: int | None = None) -> Iterator[None]:
+    """Have the head of ``model`` return deferred logits in the forward that runs inside.
+
+    Every layer of the head whose weight is used is called, so that a framework that shards it gathers it.
+    """
+    outer = model.get_output_embeddings()
+    head = _inner(outer)
+    options: Any = {"logits": None, "tile_bytes": tile_bytes, "weight_as": keep_whole(outer)}
+
+    def forward(hidden: Tensor) -> DeferredLogits:
+        if not _is_lora(head):
+            return defer(head, hidden, **options)
+        base = unwrapped(head.base_layer)
+        with _forward_of(base, lambda hidden: defer(*_stacked(head, base, hidden), **options)):
+            return head.base_layer(hidden)
+
+    with _forward_of(head, forward):
+        yield
 
 
 class HeadTensors(NamedTuple):

@@ -22,9 +22,10 @@ ROWS, STEPS = 8, 3
 class Run:
     """What is trained, and how.
 
-    ``adapters``: "", "lora" on the layers, "save" for the head in ``modules_to_save`` besides. ``silent``: the last
+    ``adapters``: "", "lora" on the layers, "save" for the head in
+    ``modules_to_save`` besides, "head" for one on the head. ``silent``: the last
     rank's share of the batch has no labels. ``accumulate``: parts of a step's batch, all but the last without
-    synchronisation.
+    synchronisation. ``preferences``: the loss is DPO's, of the even rows over the odd ones.
     """
 
     wrapping: Wrapping | None
@@ -37,11 +38,12 @@ class Run:
     shifted: bool = False
     frozen: str = ""
     late: bool = False
+    preferences: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         parts = [str(self.wrapping), "tied" if self.tied else "untied", self.adapters, self.frozen]
-        parts += [name for name in ("silent", "checkpointing", "shifted", "late") if getattr(self, name)]
+        parts += [name for name in ("silent", "checkpointing", "shifted", "late", "preferences") if getattr(self, name)]
         return "-".join(filter(None, [*parts, f"accumulate{self.accumulate}" if self.accumulate > 1 else ""]))
 
 
@@ -63,7 +65,7 @@ def build(run: Run) -> nn.Module:
 
         save = ["lm_head"] if run.adapters == "save" else None
         torch.manual_seed(3)
-        targets = ["q_proj", "down_proj"]
+        targets = ["q_proj", "down_proj"] + ["lm_head"] * (run.adapters == "head")
         model = get_peft_model(
             model, LoraConfig(r=4, target_modules=targets, modules_to_save=save, init_lora_weights=False)
         )
@@ -98,6 +100,8 @@ def train(run: Run) -> Outcome | None:
     model = build(run)
     if run.patched and not run.late:
         apply_liger_kernel(model, **dict(run.options))
+    if run.patched and run.preferences:
+        _install(model)
     learning_rate = 0.02 if run.wrapping is not None and run.wrapping.bf16 else 0.2
     spread = wrapped(model, run.wrapping, learning_rate=learning_rate, steps=run.accumulate)
     if run.patched and run.late:
@@ -122,10 +126,9 @@ def train(run: Run) -> Outcome | None:
                 with ExitStack() as syncing:
                     if not last:
                         syncing.enter_context(spread.no_sync())
-                    outputs = spread.model(**inputs, num_items_in_batch=num_items)
-                    total += outputs.loss.detach() / size
-                    spread.backward(outputs.loss * (size if run.wrapping is not None else 1), last)
-                    del outputs
+                    loss = _loss(run, spread.model, inputs, num_items)
+                    total += loss.detach() / size
+                    spread.backward(loss * (size if run.wrapping is not None else 1), last)
             if step == 0:
                 outcome.gradients = spread.gradients()
             spread.step()
@@ -137,6 +140,25 @@ def train(run: Run) -> Outcome | None:
     outcome.parameters = spread.parameters()
     _evaluate(run, spread, outcome, rank, share)
     return outcome if rank == 0 else None
+
+
+def _install(model: Any) -> None:
+    from liger_trainer.trl.fused_forward import HeadOptions, install
+
+    install(model.get_base_model() if hasattr(model, "get_base_model") else model, HeadOptions())
+
+
+def _loss(run: Run, model: nn.Module, inputs: dict[str, Tensor], num_items: Tensor) -> Tensor:
+    if not run.preferences:
+        return model(**inputs, num_items_in_batch=num_items).loss
+    labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    if run.patched:
+        log_probs = model(**inputs, fused_lm_head=True).log_probs.sum(1)
+    else:
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        gathered = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        log_probs = (gathered * (labels != -100)).sum(1)
+    return -torch.nn.functional.logsigmoid(0.1 * (log_probs[::2] - log_probs[1::2])).sum() / (ROWS // 2)
 
 
 def _processes(run: Run) -> int:
