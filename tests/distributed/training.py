@@ -171,13 +171,18 @@ def _collectives(profiler: Any) -> dict[str, int]:
 
 
 def _evaluate(run: Run, spread: Any, outcome: Outcome, rank: int, share: int) -> None:
-    """Two evaluations, whose logits are read when both are through, and a forward in training mode that is read."""
+    """An evaluation; then two whose logits are read when both are through, and a forward for training that is read."""
     whole = batch(STEPS, shifted=run.shifted)
     mine = {name: each[rank * share : (rank + 1) * share] for name, each in whole.items()}
     spread.model.eval()
     with torch.no_grad():
-        outputs = [spread.model(**mine, num_items_in_batch=labels_in(whole)) for _ in range(2)]
-        outcome.evaluated = float(outputs[0].loss)
+        evaluated = _loss(run, spread.model, mine, labels_in(whole)).clone()
+        if run.wrapping is not None:
+            dist.all_reduce(evaluated)
+        outcome.evaluated = float(evaluated)
+        if run.preferences:  # whose evaluation goes through the same forward as its training
+            return
+        outputs = [spread.model(**mine) for _ in range(2)]
         outcome.logits = outputs[1].logits.float().clone()
     del outputs
     spread.model.train()
@@ -191,6 +196,7 @@ def _evaluate(run: Run, spread: Any, outcome: Outcome, rank: int, share: int) ->
 def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest difference of two sets of tensors, relative to the largest entry of each."""
     assert ours.keys() == theirs.keys()
-    return max(
+    differences = (
         float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-3)) for name in theirs
     )
+    return max(differences, default=0.0)
