@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers.trainer import DEFAULT_CALLBACKS
@@ -68,10 +67,7 @@ class PatchingCallback(TrainerCallback):
         if self.options(args) is None:
             return
         model = _unwrap(kwargs["model"])
-        fresh = not is_patched(model)
-        if fresh and not disabled():
-            _reject_sharded(model)
-        if fresh or self.report is None:  # made by model_init, or this callback was added after the Trainer was made
+        if not is_patched(model) or self.report is None:  # made by model_init, or this callback was added after the Trainer was made
             self.patch(model, args)
         self._announce(args, state)
 
@@ -92,9 +88,8 @@ class LigerCallback(PatchingCallback):
     ``Trainer(model, args, callbacks=[LigerCallback()])``
 
     The model is patched in the Trainer's ``__init__``, so evaluation and prediction without training run on the patched
-    model too; a model that ``model_init`` makes for a training is patched when that training begins. (Under FSDP or
-    ZeRO-3 that is too late, since the model is sharded by then: use :class:`liger_trainer.LigerTrainer`.) Taking the
-    callback off a Trainer leaves the model patched; :func:`liger_trainer.revert` restores it.
+    model too; a model that ``model_init`` makes for a training is patched when that training begins, sharded or not.
+    Taking the callback off a Trainer leaves the model patched; :func:`liger_trainer.revert` restores it.
 
     Args:
         liger_config: keyword options for :func:`liger_trainer.apply_liger_kernel`, in any spelling that
@@ -145,20 +140,6 @@ def _asked_by(args: TrainingArguments) -> dict[str, Any] | None:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
-def _reject_sharded(model: nn.Module) -> None:
-    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-        sharded = sharded or any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in model.modules())
-    if sharded:
-        raise RuntimeError(
-            "model_init made a new model, and this Trainer sharded it (FSDP or ZeRO-3) before a callback could patch "
-            "it. Use liger_trainer.LigerTrainer, which patches what model_init returns, or pass model= in place of "
-            "model_init=."
-        )
 
 
 if ArgumentsCallback not in DEFAULT_CALLBACKS:

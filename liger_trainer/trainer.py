@@ -15,12 +15,13 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from .arguments import LigerArguments
 from .callback import LigerCallback, PatchingCallback
+from .out_of_memory import MemoryAdvice
 from .patching.deferred_logits import label_smoothing
 
 __all__ = ["LigerTrainer"]
 
 
-class LigerTrainer(Trainer):
+class LigerTrainer(MemoryAdvice, Trainer):
     """``transformers.Trainer`` on liger_trainer's kernels.
 
     ``LigerTrainer(model, TrainingArguments("out", use_liger=True), train_dataset=data)``
@@ -33,7 +34,8 @@ class LigerTrainer(Trainer):
     - ``label_smoothing_factor`` is applied inside the fused cross entropy, where the stock Trainer would build the
       logits and their log-softmax. It is the same quantity: (1 - e) * nll + e * mean over the vocabulary of -log p,
       over the tokens counted. Where it might not be (a loss other than the causal one, ``shift_labels`` in the batch,
-      a mixture's router loss, ``torch_compile``, ``nn.DataParallel``), the stock computation runs.
+      a mixture's router loss, ``torch_compile``, ``nn.DataParallel``), the stock computation runs;
+    - a step that runs out of memory says which settings would help.
 
     Parameters are those of ``transformers.Trainer``.
     """

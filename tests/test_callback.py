@@ -310,12 +310,13 @@ def test_a_model_without_a_recognisable_part(tmp_path: Path) -> None:
         Trainer(Plain(), transformers.TrainingArguments(**settings(tmp_path)), callbacks=[LigerCallback()])
 
 
-def test_a_fresh_model_that_was_sharded_already_is_refused(tmp_path: Path) -> None:
+def test_a_fresh_model_that_was_sharded_already_is_patched(tmp_path: Path) -> None:
+    """tests/distributed trains such models."""
     args, state, control = TrainingArguments(**settings(tmp_path), use_liger=True), TrainerState(), TrainerControl()
     model = tiny_llama()
     next(model.parameters()).ds_id = 0  # what DeepSpeed's ZeRO-3 leaves on a parameter
-    with pytest.raises(RuntimeError, match="LigerTrainer"):
-        ArgumentsCallback().on_train_begin(args, state, control, model=model)
+    ArgumentsCallback().on_train_begin(args, state, control, model=model)
+    assert is_patched(model)
 
 
 def test_revert_after_training_gives_the_stock_model(tmp_path: Path) -> None:

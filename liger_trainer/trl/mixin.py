@@ -15,6 +15,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from .._environment import disabled
 from ..arguments import LigerArguments
 from ..callback import LigerCallback
+from ..out_of_memory import MemoryAdvice
 from ..patching import apply_liger_kernel
 from .fused_forward import HeadOptions, install, trl_options
 
@@ -101,7 +102,7 @@ def _adapters_allowed_on_heads(trainer: type) -> Iterator[None]:
             module.BaseTunerLayer = BaseTunerLayer  # type: ignore[attr-defined]
 
 
-class LigerLossMixin:
+class LigerLossMixin(MemoryAdvice):
     """Base of the trainers of this package, before the one of TRL's.
 
     The layers of the policy are patched in ``Trainer.__init__``, as by :class:`liger_trainer.LigerTrainer`; when TRL's

@@ -154,7 +154,8 @@ def _name(name: str) -> str:
 class Fsdp2(Plain):
     def wrap(self, wrapping: Wrapping) -> None:
         size = dist.get_world_size()
-        mesh = init_device_mesh("cpu", (size // 2, 2) if wrapping.hybrid else (size,))
+        names = {"mesh_dim_names": ("replicate", "shard")}
+        mesh = init_device_mesh("cpu", (size // 2, 2), **names) if wrapping.hybrid else init_device_mesh("cpu", (size,))
         options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": wrapping.reshard}
         if wrapping.bf16:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
