@@ -32,7 +32,7 @@ def step():
     return loss.detach(), [p.grad.clone() for p in model.parameters()]
 loss, gradients = step()
 assert liger_trainer.apply_liger_kernel(model, tile_bytes=5 * 97 * 4).counts() == {
-    "rms_norm": 5, "mlp": 2, "rope": 2, "fused_linear_cross_entropy": 1}
+    "rms_norm": 5, "fused_add_rms_norm": 2, "mlp": 2, "rope": 2, "fused_linear_cross_entropy": 1}
 patched_loss, patched_gradients = step()
 torch.testing.assert_close(patched_loss, loss)
 torch.testing.assert_close(patched_gradients, gradients, rtol=1e-4, atol=1e-6)

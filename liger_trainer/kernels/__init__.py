@@ -4,7 +4,7 @@ They know nothing of transformers or TRL and serve any PyTorch loop.
 """
 
 from ._force_torch import force_from_environment, use_torch
-from .add_rms_norm import add_rms_norm
+from .add_rms_norm import add_rms_norm, rms_norm_and_residual
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .divergence import jsd, kl_div
 from .gated_activation import geglu, swiglu
@@ -30,6 +30,7 @@ __all__ = [
     "linear_jsd",
     "linear_log_probs",
     "rms_norm",
+    "rms_norm_and_residual",
     "rotary",
     "swiglu",
     "use_torch",

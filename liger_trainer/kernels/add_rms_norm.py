@@ -10,9 +10,10 @@ from ._dtypes import accumulation_dtype
 from ._library import define, define_differentiable, refuse_double_backward
 from ._norm_kernels import normalize, normalize_backward
 from ._rows import as_matrix, autocasts_to_float32, empty_in_order, from_rows, memory_order
+from .rms_norm import _forward as _norm_forward
 from .rms_norm import backward_reference, check_arguments, forward_reference, result_dtype, rms_norm
 
-__all__ = ["add_rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm_and_residual"]
 
 
 def _forward_reference(
@@ -201,3 +202,51 @@ def add_rms_norm(
         total = x + residual
         return rms_norm(total, weight, eps, offset=offset, casting=casting), total
     return _add_rms_norm(x, residual, weight, eps, offset, casting)
+
+
+class _RMSNormAndResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
+    ) -> tuple[Tensor, Tensor]:
+        y, rstd = _norm_forward(x, weight, eps, offset, casting)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.offset = offset
+        ctx.casting = casting
+        return y, x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("rms_norm_and_residual")
+        dx, dweight = dresidual, None
+        if dy is not None:
+            x, weight, rstd = ctx.saved_tensors
+            dx, dweight = _backward(dy, dresidual, x, weight, rstd, ctx.offset, ctx.casting, ctx.needs_input_grad[1])
+        return dx, dweight, None, None, None
+
+
+def rms_norm_and_residual(
+    x: Tensor, weight: Tensor | None, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+) -> tuple[Tensor, Tensor]:
+    """:func:`rms_norm` of x, and x again for the residual connection around what follows the norm.
+
+    In the forward nothing is added or copied. In the backward the gradients that reach x through the norm and through
+    the connection are added inside the norm's kernel, in fp32 (fp64) and rounded once, and not by a pass of their own.
+
+    Args:
+        x, weight, eps, offset, casting: as for :func:`rms_norm`.
+
+    Returns:
+        y and residual, (..., H) both: residual is x's memory under another name. They are differentiable once in x and
+        weight.
+
+    Raises:
+        TypeError, ValueError: as :func:`rms_norm`.
+    """
+    check_arguments(x, weight, casting)
+    recorded = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+    # A compiler joins the addition with what stands around it by itself.
+    if not recorded or torch.compiler.is_compiling() or (casting == "none" and autocasts_to_float32(x, "rms_norm")):
+        return rms_norm(x, weight, eps, offset=offset, casting=casting), x
+    return _RMSNormAndResidual.apply(x, weight, eps, offset, casting)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .._environment import disabled
 from .._logging import logger
-from . import class_swap, experts, lm_head, mlp, norm, recompute, rotary
+from . import class_swap, experts, lm_head, mlp, norm, recompute, residual, rotary
 from .memory import bytes_saved
 from .options import Options
 from .recogniser import Recogniser, Replacement, Skip, apply_all
@@ -171,6 +171,7 @@ def revert(model: nn.Module | str) -> nn.Module | None:
     for module in model.modules():
         _forget_hook(module)
         recompute.remove(module)
+        residual.remove(module)
         patch = _patches.pop(module, None)
         if patch is not None:
             for replacement in reversed(patch.replacements):

@@ -48,6 +48,8 @@ from .probe import (
 )
 from .recogniser import ClassSwap, Finding, Skip
 from .recompute import rebuildable
+from .residual import layers
+from .residual_forward import ADD, FORK
 
 __all__ = ["recognise"]
 
@@ -137,6 +139,7 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
     if not (options.rms_norm or options.layer_norm):
         return
     known: dict[Any, Recognised | str | None] = {}
+    joinable: dict[str, Any] = {}
     for path, module in model.named_modules():
         if not _may_be_norm(module):
             if _is_gated_norm(module) and options.rms_norm:
@@ -155,10 +158,18 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
                 trial = functools.partial(_trial, model, path, module, found)
                 verify = functools.partial(_verify, module, found)
                 yield ClassSwap(kind, path, str(found.formula), module, members, checked, trial, verify)
+                if kind == "rms_norm":
+                    joinable[path] = key
         elif found is not None:
             kind = "layer_norm" if "layernorm" in name.lower() and "bias" in module._parameters else "rms_norm"
             if getattr(options, kind):
                 yield Skip(kind, path, name, found)
+    if options.fused_add_rms_norm:
+
+        def verify_joined(path: str) -> str | None:
+            return _verify_joined(model.get_submodule(path), known[joinable[path]])
+
+        yield from layers(model, joinable, verify_joined, options.check)
 
 
 def _is_gated_norm(module: nn.Module) -> bool:
@@ -329,6 +340,27 @@ def _disagreement(
     return None
 
 
+def _verify_joined(module: nn.Module, found: Any) -> str | None:
+    """How the kernels that join a norm with the residual connection differ from the two by themselves, if they do."""
+    parameters = list(module.parameters(recurse=False))
+    add, fork = _joined(found)
+    with quiet(compute_device(parameters)):
+        for dtype in probe_dtypes(parameters):
+            probe, where = _Probe(module, dtype), f"in {dtype}".replace("torch.", "")
+            norm, a, b = probe.norm, probe.input(2, 5, dtype=dtype), probe.input(2, 5, dtype=dtype)
+            pairs: list[tuple[Any, Any, list[Tensor]]] = [
+                (add, lambda norm, a, b: (norm.forward(a + b), a + b), [a, b]),
+                (fork, lambda norm, x: (norm.forward(x), x), [a]),
+            ]
+            for kernel, original, inputs in pairs:
+                ours = Call.of(functools.partial(kernel, norm), inputs, probe.weights)
+                theirs = Call.of(functools.partial(original, norm), inputs, probe.weights)
+                reason = difference(ours, theirs, where)
+                if reason is not None:
+                    return reason
+    return None
+
+
 def _owned(y: Tensor) -> Tensor:
     """y as no view, so that a model may change it in place: autograd forbids that of a view made inside a function."""
     if torch.compiler.is_compiling() or not y._is_view():
@@ -374,7 +406,47 @@ def _forward(found: Recognised) -> Callable[[Any, Tensor], Tensor]:
 
 
 @functools.cache
+def _joined(found: Recognised) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The members of :mod:`.residual_forward`: a sum and its norm, and a norm beside what it is of."""
+    formula, eps = found.formula, found.eps
+
+    def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        return kernels.rms_norm(x, weight, eps, offset=formula.offset, casting=formula.casting)
+
+    def serves(self: Any, *inputs: Tensor) -> bool:
+        if found.not_autocast and torch.is_autocast_enabled(inputs[0].device.type):
+            return False
+        dtypes = {each.dtype for each in inputs}
+        if eps.attribute is not None and getattr(self, eps.attribute) is None and len(dtypes) > 1:
+            return False
+        return not (found.not_mixed and dtypes != {self.weight.dtype})
+
+    def add(self: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if not serves(self, a, b):
+            total = a + b
+            return self.forward(total), total
+        weight, value = self.weight if found.weighted else None, eps.of(self, a)
+        y, total = kernels.add_rms_norm(a, b, weight, value, offset=formula.offset, casting=formula.casting)
+        return rebuildable(_owned(y), rms_norm, total, weight, value), total
+
+    def fork(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not serves(self, x):
+            return self.forward(x), x
+        weight, value = self.weight if found.weighted else None, eps.of(self, x)
+        y, same = kernels.rms_norm_and_residual(x, weight, value, offset=formula.offset, casting=formula.casting)
+        return rebuildable(_owned(y), rms_norm, x, weight, value), same
+
+    return add, fork
+
+
+@functools.cache
 def _members(stock: Any, found: Recognised) -> dict[str, Any]:
+    if found.formula.kind != "rms_norm":
+        return _forward_member(stock, found)
+    return {**_forward_member(stock, found), **dict(zip((ADD, FORK), _joined(found), strict=True))}
+
+
+def _forward_member(stock: Any, found: Recognised) -> dict[str, Any]:
     original, serve = stock.forward, _forward(found)
     if not (found.not_mixed or found.not_autocast):
         return {"forward": renamed_like(serve, original)}

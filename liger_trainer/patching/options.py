@@ -18,6 +18,7 @@ class Options:
         layer_norm: layer norms.
         mlp: gated MLPs (SwiGLU, GEGLU).
         experts: the gates of a mixture's experts.
+        fused_add_rms_norm: the residual addition before an RMS norm, in one kernel with it; needs ``rms_norm``.
         cross_entropy: the loss on materialised logits. Excludes ``fused_linear_cross_entropy``.
         fused_linear_cross_entropy: LM head and loss as one op, which keeps no logits.
         recompute: ``"cheap"`` rebuilds the outputs of norms and gated activations in the backward pass instead of
@@ -32,6 +33,7 @@ class Options:
     layer_norm: bool = True
     mlp: bool = True
     experts: bool = True
+    fused_add_rms_norm: bool = True
     cross_entropy: bool = False
     fused_linear_cross_entropy: bool = True
     recompute: str | None = None

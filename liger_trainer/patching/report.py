@@ -144,6 +144,7 @@ def _formula(kernel: str) -> str:
     name, _, details = kernel.partition("(")
     words = {
         "rms_norm": "RMS norm",
+        "add_rms_norm": "residual and RMS norm",
         "layer_norm": "layer norm",
         "swiglu": "silu(gate) * up",
         "geglu": "gelu(gate) * up",

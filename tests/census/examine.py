@@ -224,8 +224,8 @@ def compare(model: nn.Module, batches: dict[str, dict[str, Any]], result: Result
 
     Leaves model as it was. Raises whatever the model does on a batch.
     """
-    classes = [type(module) for module in model.modules()]
     references = {name: _Reference.of(model, batch) for name, batch in batches.items()}
+    before = [(type(module), *vars(module)) for module in model.modules()]
     state = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     config = model.config.to_json_string()
     exact = functools.cache(lambda: _exact(result.task, result.model_type))
@@ -265,7 +265,7 @@ def compare(model: nn.Module, batches: dict[str, dict[str, Any]], result: Result
     if model.config.to_json_string() != config:
         result.outcome, result.reason = "wrong", "the config changed"
     revert(model)
-    if is_patched(model) or [type(module) for module in model.modules()] != classes:
+    if is_patched(model) or [(type(module), *vars(module)) for module in model.modules()] != before:
         result.outcome, result.reason = "wrong", "revert left something behind"
     for name, batch in batches.items():
         result.errors[f"{name}, reverted"] = difference = error(_step(model, batch), references[name].step)

@@ -11,6 +11,7 @@ __all__ = ["LIGER_KERNEL", "markdown", "summary"]
 COLUMNS = {
     "rms_norm": "RMSNorm",
     "layer_norm": "LayerNorm",
+    "fused_add_rms_norm": "add + RMSNorm",
     "rope": "RoPE",
     "mlp": "MLP",
     "experts": "experts",

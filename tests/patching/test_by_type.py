@@ -36,7 +36,7 @@ def test_there_is_one_for_every_type():
 def test_a_model_that_exists(tiny):
     model = tiny("Llama")
     report = liger_trainer.apply_liger_kernel_to_llama(model, swiglu=False, rope=False)
-    assert report.counts() == {"rms_norm": 5, "fused_linear_cross_entropy": 1}
+    assert report.counts() == {"rms_norm": 5, "fused_add_rms_norm": 2, "fused_linear_cross_entropy": 1}
     with pytest.raises(ValueError, match="of type 'mistral', got LlamaForCausalLM of \\['llama'\\]"):
         liger_trainer.apply_liger_kernel_to_mistral(model)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):

@@ -21,7 +21,8 @@ families = pytest.mark.parametrize("family", LAYERS)
 def test_every_part_is_replaced(tiny, family):
     model = tiny(family)
     report = apply_liger_kernel(model, **OPTIONS)
-    assert report.counts() == {"rms_norm": NORMS[family], "mlp": LAYERS[family], "rope": LAYERS[family]}
+    layers = dict.fromkeys(("fused_add_rms_norm", "mlp", "rope"), LAYERS[family])
+    assert report.counts() == {"rms_norm": NORMS[family], **layers}
     assert report.skipped == ()
     kernels = {entry.kind: entry.kernel for entry in report.replaced}
     gemma = family.startswith("Gemma")
@@ -210,7 +211,7 @@ def test_model_on_the_meta_device_is_recognised(tiny):
     with torch.device("meta"):
         model = tiny("Gemma2")
         report = apply_liger_kernel(model, **OPTIONS)
-    assert report.counts() == {"rms_norm": 9, "mlp": 2, "rope": 2}
+    assert report.counts() == {"rms_norm": 9, "fused_add_rms_norm": 2, "mlp": 2, "rope": 2}
 
 
 class TestAdapters:
@@ -232,7 +233,7 @@ class TestAdapters:
         if not patched_first:
             report = apply_liger_kernel(model, **OPTIONS)
             # The final norm counts twice: the original, and the copy that is trained and saved.
-            assert report.counts() == {"rms_norm": 6, "mlp": 2, "rope": 2}
+            assert report.counts() == {"rms_norm": 6, "fused_add_rms_norm": 2, "mlp": 2, "rope": 2}
         ours = gradients(model, batch)
         assert any("lora" in name for name in ours)
         assert error(ours, theirs) < 5e-6
@@ -248,5 +249,6 @@ class TestAdapters:
         assert type(wrapped.base_model.model.model.layers[0].mlp).__mro__[1] is torch.nn.Module
         revert(model)
         # Only what lies outside of model is still patched, if anything: applying again makes it whole.
-        assert apply_liger_kernel(wrapped, mlp=False, **OPTIONS).counts() == {"rms_norm": 6, "rope": 2}
+        counts = apply_liger_kernel(wrapped, mlp=False, **OPTIONS).counts()
+        assert counts == {"rms_norm": 6, "fused_add_rms_norm": 2, "rope": 2}
         assert is_patched(model)

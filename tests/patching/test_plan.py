@@ -15,6 +15,7 @@ import torch
 
 from liger_trainer import apply_liger_kernel, is_patched, kernels, plan, revert
 from liger_trainer.__main__ import main
+from liger_trainer.patching.apply import _verify_where_it_runs
 
 ROWS, LENGTH, VOCAB = 3, 11, 97
 
@@ -85,7 +86,8 @@ class TestCommandLine:
         assert main(["plan", str(tmp_path), "--batch", "2", "--length", "16", "--json", "--no-rope"]) == 0
         printed = json.loads(capsys.readouterr().out)
         assert printed["model"] == "Gemma2ForCausalLM"
-        assert {entry["kind"] for entry in printed["replaced"]} == {"rms_norm", "mlp", "fused_linear_cross_entropy"}
+        kinds = {"rms_norm", "fused_add_rms_norm", "mlp", "fused_linear_cross_entropy"}
+        assert {entry["kind"] for entry in printed["replaced"]} == kinds
         assert (printed["batch"], printed["length"]) == (2, 16)
         assert printed["saves"] > 0
 
@@ -134,11 +136,11 @@ class TestWithoutWeights:
             seen.append(x.dtype)
             return rms_norm(x, *args, **options)
 
-        assert len(model._forward_pre_hooks) == 1
+        assert _verify_where_it_runs in model._forward_pre_hooks.values()
         monkeypatch.setattr(kernels, "rms_norm", counted)
         ours = gradients(model, batch)
         assert torch.bfloat16 in seen  # the check's; the model's own are fp32
-        assert not model._forward_pre_hooks
+        assert _verify_where_it_runs not in model._forward_pre_hooks.values()
         assert error(ours, gradients(real, batch)) < 5e-6
         seen.clear()
         gradients(model, batch)
@@ -167,7 +169,7 @@ class TestWithoutWeights:
         model, _ = self.patched(tiny)
         copied = copy.deepcopy(model)
         copied(**batch)
-        assert not copied._forward_pre_hooks
+        assert _verify_where_it_runs not in copied._forward_pre_hooks.values()
         revert(model)
         assert not model._forward_pre_hooks
 

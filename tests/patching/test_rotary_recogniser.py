@@ -456,5 +456,5 @@ rotary = kernels.rotary
 def test_a_wrong_kernel_is_found_out(tiny, monkeypatch, wrong):
     monkeypatch.setattr(kernels, "rotary", wrong)
     report = apply_liger_kernel(tiny("Llama"), **OPTIONS)
-    assert report.counts() == {"rms_norm": 5, "mlp": 2}
+    assert report.counts() == {"rms_norm": 5, "fused_add_rms_norm": 2, "mlp": 2}
     assert [entry.kind for entry in report.skipped] == ["rope", "rope"]
