@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .chunked import chunked
 from .class_swap import stock_class
 from .forwards import renamed_like, takes_one_input
 from .gated_activations import ACTIVATIONS, Activation
@@ -107,11 +108,19 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
         if isinstance(found, str):
             yield Skip(KIND, path, stock.__name__, found)
         else:
-            members = functools.partial(_members, stock, *found)
+            tokens = options.mlp_chunk_tokens
+            members = functools.partial(_members, stock, *found, tokens)
             checked = probe_dtypes(_parameters(module)) if options.check else ()
-            trial = functools.partial(_trial, module, *found)
+            trial = functools.partial(_trial, module, *found, tokens)
             verify = functools.partial(_verify, module, *found)
-            yield ClassSwap(KIND, path, str(found[1]), module, members, checked, trial, verify)
+            yield ClassSwap(KIND, path, _kernel(found[1], tokens), module, members, checked, trial, verify)
+
+
+def _kernel(activation: Activation, tokens: int | None) -> str:
+    if tokens is None:
+        return str(activation)
+    name, _, form = str(activation).rstrip(")").partition("(")
+    return f"{name}({form}{', ' if form else ''}{tokens} tokens at a time)"
 
 
 def _projections(module: nn.Module) -> dict[str, Any]:
@@ -238,12 +247,19 @@ def _forward(roles: Roles, activation: Activation) -> Callable[[Any, Tensor], Te
     return forward
 
 
+def _served(roles: Roles, activation: Activation, tokens: int | None) -> Callable[[Any, Tensor], Tensor]:
+    forward = _forward(roles, activation)
+    return forward if tokens is None else chunked(forward, tokens)
+
+
 @functools.cache
-def _members(stock: Any, roles: Roles, activation: Activation) -> dict[str, Any]:
-    return {"forward": renamed_like(_forward(roles, activation), stock.forward)}
+def _members(stock: Any, roles: Roles, activation: Activation, tokens: int | None) -> dict[str, Any]:
+    return {"forward": renamed_like(_served(roles, activation, tokens), stock.forward)}
 
 
-def _trial(module: nn.Module, roles: Roles, activation: Activation, batch: int, length: int) -> Trial:
+def _trial(
+    module: nn.Module, roles: Roles, activation: Activation, tokens: int | None, batch: int, length: int
+) -> Trial:
     projections = _projections(module)
     dtype = training_dtype(_parameters(module))
     mlp = shadow(
@@ -255,4 +271,4 @@ def _trial(module: nn.Module, roles: Roles, activation: Activation, batch: int, 
     )
     size = projections[roles.gate].in_features
     x = torch.empty(batch, length, size, dtype=dtype, device="meta", requires_grad=True)
-    return Trial(mlp.forward, functools.partial(_forward(roles, activation), mlp), [x])
+    return Trial(mlp.forward, functools.partial(_served(roles, activation, tokens), mlp), [x])

@@ -23,6 +23,8 @@ class Options:
         fused_linear_cross_entropy: LM head and loss as one op, which keeps no logits.
         recompute: ``"cheap"`` rebuilds the outputs of norms and gated activations in the backward pass instead of
             keeping them for the projections behind; the same gradients from less memory. None keeps them.
+        mlp_chunk_tokens: the largest number of tokens that a gated MLP works on at a time; its inner activations are
+            made again in the backward pass, chunk by chunk. For very long contexts. None works on all at once.
         tile_bytes: size in bytes of the largest logits tile of the fused head; None lets the kernel choose.
         check: run every kernel beside the part that it replaces, output and gradients, before replacing it. Without,
             what a part computes is still found out by running it, and the kernel is trusted.
@@ -37,6 +39,7 @@ class Options:
     cross_entropy: bool = False
     fused_linear_cross_entropy: bool = True
     recompute: str | None = None
+    mlp_chunk_tokens: int | None = None
     tile_bytes: int | None = None
     check: bool = True
 
@@ -45,9 +48,10 @@ class Options:
         """Build from keyword options.
 
         Raises:
-            TypeError: an unknown option, a switch that is not a bool, a ``recompute`` that is not a string, or a
-                ``tile_bytes`` that is not an int.
-            ValueError: ``tile_bytes`` below 1, an unknown ``recompute``, or both cross-entropy switches on.
+            TypeError: an unknown option, a switch that is not a bool, a ``recompute`` that is not a string, or
+                ``tile_bytes`` or ``mlp_chunk_tokens`` that is not an int.
+            ValueError: ``tile_bytes`` or ``mlp_chunk_tokens`` below 1, the latter without ``mlp``, an unknown
+                ``recompute``, or both cross-entropy switches on.
         """
         known = [field.name for field in fields(cls)]
         for name in options:
@@ -56,16 +60,18 @@ class Options:
         parsed = cls(**options)
         for name in known:
             value = getattr(parsed, name)
-            if name == "tile_bytes":
+            if name in ("tile_bytes", "mlp_chunk_tokens"):
                 if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                    raise TypeError(f"tile_bytes must be an int or None, got {value!r}")
+                    raise TypeError(f"{name} must be an int or None, got {value!r}")
+                if value is not None and value < 1:
+                    raise ValueError(f"{name} must be at least 1, got {value}")
             elif name == "recompute":
                 if value is not None and not isinstance(value, str):
                     raise TypeError(f'recompute must be "cheap" or None, got {value!r}')
             elif not isinstance(value, bool):
                 raise TypeError(f"option {name} must be True or False, got {value!r}")
-        if parsed.tile_bytes is not None and parsed.tile_bytes < 1:
-            raise ValueError(f"tile_bytes must be at least 1, got {parsed.tile_bytes}")
+        if parsed.mlp_chunk_tokens is not None and not parsed.mlp:
+            raise ValueError(f"mlp_chunk_tokens={parsed.mlp_chunk_tokens} needs mlp=True, got mlp=False")
         if parsed.recompute not in (None, "cheap"):
             raise ValueError(f'recompute must be "cheap" or None, got {parsed.recompute!r}')
         if parsed.cross_entropy and parsed.fused_linear_cross_entropy:

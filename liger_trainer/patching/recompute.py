@@ -6,9 +6,10 @@ and the norm's weight, the gate and the up projection. The kernels are determini
 bit for bit.
 
 During the forward of a patched model autograd's saved-tensor hooks are set. What is kept passes :meth:`_Region.pack`;
-there a tensor that was :func:`rebuildable` becomes a :class:`_Recipe`. Everything else is kept as ever. This works
-whatever the projection is (LoRA, a quantised layer, a sharded one). Inside of a checkpointed segment, whose own hooks
-are the inner ones, nothing changes: it keeps nothing but its inputs.
+there a tensor that was :func:`rebuildable` becomes a :class:`_Recipe`, and so do some of its rows, which a chunk of an
+MLP keeps, and its copies in another dtype, which autocast makes for every projection. Everything else is kept as ever.
+This works whatever the projection is (LoRA, a quantised layer, a sharded one). Inside of a checkpointed segment, whose
+own hooks are the inner ones, nothing changes: it keeps nothing but its inputs.
 """
 
 from __future__ import annotations
@@ -56,10 +57,22 @@ class _Recipe:
         return value
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Which elements of a value, in memory order, are kept, and in what shape and dtype."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def of(self, value: Tensor) -> Tensor:
+        return value.view(-1)[self.start : self.start + self.shape.numel()].view(self.shape).to(self.dtype)
+
+
 def _unpack(packed: tuple[Any, Any]) -> Tensor:
     kept, detail = packed
     if isinstance(kept, _Recipe):
-        return kept.value().view(detail)
+        return detail.of(kept.value())
     if kept._version != detail:  # what autograd checks itself where no hooks are set
         raise RuntimeError(
             f"a tensor of shape {tuple(kept.shape)} that is needed for a gradient was changed in place: "
@@ -72,8 +85,14 @@ def _unpack(packed: tuple[Any, Any]) -> Tensor:
 class _Offer:
     tensor: weakref.ref[Tensor]
     version: int
+    node: Any  # held, so that no other one gets its id
     make: Callable[[], _Recipe]
     recipe: _Recipe | None = None
+
+    def source(self) -> Tensor | None:
+        """The tensor that was offered, where it is still what it was."""
+        source = self.tensor()
+        return source if source is not None and source._version == self.version and source.is_contiguous() else None
 
 
 class _Region:
@@ -81,6 +100,7 @@ class _Region:
 
     def __init__(self) -> None:
         self._offers: dict[int, _Offer] = {}
+        self._by_node: dict[int, _Offer] = {}
         self._pack = self.pack  # one object, to be known by
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
@@ -90,6 +110,7 @@ class _Region:
     def leave(self) -> None:
         self._hooks.__exit__()
         self._offers.clear()
+        self._by_node.clear()
 
     def keeps(self) -> bool:
         """Whether what is kept now comes here: not inside of a checkpointed segment, which keeps nothing."""
@@ -108,30 +129,59 @@ class _Region:
             packed = tuple(self.pack(each) if isinstance(each, Tensor) else each for each in inputs)
             return _Recipe(function, packed, autocast)
 
-        self._offers[tensor.data_ptr()] = _Offer(weakref.ref(tensor), tensor._version, make)
+        offer = _Offer(weakref.ref(tensor), tensor._version, tensor.grad_fn, make)
+        self._offers[tensor.data_ptr()] = self._by_node[id(tensor.grad_fn)] = offer
 
     def pack(self, tensor: Tensor) -> tuple[Any, Any]:
-        """A recipe and a shape, or the tensor and its version."""
-        if type(tensor) is Tensor and tensor.layout is torch.strided:
-            offer = self._offers.get(tensor.data_ptr())
-            source = None if offer is None else offer.tensor()
-            # While the tensor that was offered lives, whatever begins where it does is a view of it.
-            if (
-                offer is not None
-                and source is not None
-                and tensor._version == offer.version
-                and tensor.dtype == source.dtype
-                and tensor.numel() == source.numel()
-                and tensor.is_contiguous()
-                and source.is_contiguous()
-            ):
+        """A recipe and a piece of its value, or the tensor and its version."""
+        if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_contiguous():
+            offer, piece = self._view(tensor) or self._cast(tensor) or (None, None)
+            if offer is not None:
                 if offer.recipe is None:
                     offer.recipe = offer.make()
                 offer.recipe.uses += 1
-                return offer.recipe, tensor.shape
+                return offer.recipe, piece
         # A leaf is kept itself, since frameworks exchange the memory of parameters; anything else without its history,
         # which may lead back to here.
         return (tensor if tensor.is_leaf else tensor.detach()), tensor._version
+
+    def _view(self, tensor: Tensor) -> tuple[_Offer, _Piece] | None:
+        """The offer that tensor is, or some of whose consecutive elements it is."""
+        # While the tensor that was offered lives, whatever begins where it does is a view of it.
+        whole = tensor if tensor._base is None else tensor._base
+        offer = self._offers.get(tensor.data_ptr()) or self._offers.get(whole.data_ptr())
+        source = None if offer is None else offer.source()
+        if offer is None or source is None or tensor._version != offer.version or tensor.dtype != source.dtype:
+            return None
+        start = int(tensor.storage_offset() - source.storage_offset())
+        if not 0 <= start <= source.numel() - tensor.numel():
+            return None
+        if tensor.numel() != source.numel() and tensor.shape[-1:] != source.shape[-1:]:
+            return None  # not of whole rows: what asks for it may ask for little, at the price of all
+        return offer, _Piece(start, tensor.shape, tensor.dtype)
+
+    def _cast(self, tensor: Tensor) -> tuple[_Offer, _Piece] | None:
+        """The offer that tensor is a copy of in another dtype, as its history says."""
+        if tensor._version != 0 or tensor.grad_fn is None:
+            return None
+        node = _through(tensor.grad_fn, _SHAPES)
+        if node is None or node.name() != "ToCopyBackward0":
+            return None
+        offer = self._by_node.get(id(_through(node.next_functions[0][0], _SHAPES, self._by_node)))
+        source = None if offer is None else offer.source()
+        if offer is None or source is None or source.numel() != tensor.numel() or source.device != tensor.device:
+            return None
+        return offer, _Piece(0, tensor.shape, tensor.dtype)
+
+
+_SHAPES = frozenset({"ViewBackward0", "UnsafeViewBackward0"})
+
+
+def _through(node: Any, names: frozenset[str], until: Any = ()) -> Any:
+    """The first node on the way from node back that is none of these, or is in until by its id."""
+    while id(node) not in until and node is not None and node.name() in names:
+        node = node.next_functions[0][0]
+    return node
 
 
 class _Stack(threading.local):

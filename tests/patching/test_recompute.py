@@ -144,6 +144,69 @@ def test_half_precision_and_autocast(dtype):
         assert_same_bits(model)
 
 
+def test_copies_that_autocast_makes_for_each_projection():
+    model = tiny_llama().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        rebuilds = assert_same_bits(model)
+        # In each layer the norms' results for five projections, and the product, in half precision.
+        saved = LAYERS * ROWS * LENGTH * (5 * HIDDEN + INTERMEDIATE) * 2
+        assert bytes_kept(model) - bytes_kept(rebuilds) == saved
+
+
+def test_copies_that_adapters_make():
+    """Adapters in fp32 on a model in half precision keep their inputs in fp32."""
+    model = get_peft_model(tiny_llama().to(torch.bfloat16), LoraConfig(**LORA)).train()
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    rebuilds = assert_same_bits(model)
+    # The base weights are frozen and keep no input: what is saved are the inputs of q, up and down, but for the first
+    # q's, which depends on nothing that is trained.
+    numbers = LAYERS * (2 * HIDDEN + INTERMEDIATE) - HIDDEN
+    assert bytes_kept(model) - bytes_kept(rebuilds) == ROWS * LENGTH * numbers * 4
+
+
+@pytest.mark.parametrize("tokens", [5, 13])
+def test_chunks_of_an_mlp(tokens):
+    model = tiny_llama().train()
+    rebuilds = assert_same_bits(model, mlp_chunk_tokens=tokens)
+    # Both norms' results, the second of which the chunks keep by their rows.
+    assert bytes_kept(model) - bytes_kept(rebuilds) == LAYERS * ROWS * LENGTH * 2 * HIDDEN * 4
+
+
+def test_what_a_layer_of_llama_3_2_1b_keeps():
+    """In bytes a layer and token, in bf16: the figures of docs/performance.md."""
+    tokens = 8
+
+    def kept(n_layers: int, **options: Any) -> int:
+        config = AutoConfig.for_model(
+            "llama", vocab_size=128, hidden_size=2048, intermediate_size=8192, num_hidden_layers=n_layers,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, use_cache=False,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.fill_(0.01)
+        if options:
+            apply_liger_kernel(model, check=False, **options)
+        ids = torch.arange(tokens)[None]
+        with Made() as made:
+            loss = model(input_ids=ids, labels=ids).loss
+        return made.kept(model) if loss is not None else 0
+
+    h, i, kv, heads = 2048, 8192, 512, 32
+    two_roots, log_sum_exp = 2 * 4, heads * 4
+    # The stream before each norm, q, k, v, what attention gives, gate and up.
+    least = 2 * (2 * h + h + 2 * kv + h + 2 * i) + two_roots + log_sum_exp
+    assert least == 51_336
+    expected = {"cheap": least, None: least + 2 * (2 * h + i)}
+    assert expected[None] == 75_912
+    for option, bytes_a_token in expected.items():
+        a_layer = kept(2, recompute=option) - kept(1, recompute=option)
+        assert a_layer / tokens == bytes_a_token
+    assert (kept(2) - kept(1)) / tokens == 108_680
+
+
 def test_frozen_parts():
     model = tiny_llama().train()
     for name, parameter in model.named_parameters():
@@ -215,16 +278,44 @@ class Toy(nn.Module):
 
 @pytest.mark.parametrize(
     "use",
-    [lambda y: y[:, :3] ** 2, lambda y: y[:, ::2] ** 2, lambda y: y.transpose(0, 1) ** 2, lambda y: y.double() ** 2],
-    ids=["slice", "step", "transposed", "cast"],
+    [
+        lambda y: y[:, :3] ** 2,
+        lambda y: y[:, ::2] ** 2,
+        lambda y: y.transpose(0, 1) ** 2,
+        lambda y: (y * 2).double() ** 2,
+        lambda y: y.double().mul_(1) ** 2,
+    ],
+    ids=["slice", "step", "transposed", "cast of something else", "cast and changed"],
 )
-def test_parts_and_casts_are_kept(use):
+def test_parts_and_other_casts_are_kept(use):
     x = torch.randn(1, 7, requires_grad=True)
     toy = Toy(torch.exp, use)
     if toy.forward(x).shape[0] == 7:
         x = torch.randn(3, 7, requires_grad=True)
     toy(x).sum().backward()
     assert toy.made == 0
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda y: y[1:3] ** 2,
+        lambda y: y.split(2)[1] ** 2,
+        lambda y: y.double() ** 2,
+        lambda y: y.view(5, 1, 7).double().view(7, 5) ** 2,
+    ],
+    ids=["rows", "split", "cast", "cast between views"],
+)
+def test_rows_and_casts_are_rebuilt(use):
+    x = torch.randn(5, 7, requires_grad=True)
+    toy = Toy(torch.exp, use)
+    y = x.detach().exp().requires_grad_()
+    (expected,) = torch.autograd.grad(use(y).sum(), y)
+    node = toy(x).sum().grad_fn.next_functions[0][0]  # of the power
+    assert isinstance(node._raw_saved_self.data[0], recompute._Recipe)
+    found = recompute._unpack(node._raw_saved_self.data)
+    assert toy.made == 1
+    torch.testing.assert_close(2 * found.sum(), expected.sum().to(found.dtype))
 
 
 def test_as_many_as_have_kept_it_share_it():
