@@ -42,6 +42,11 @@ class Band(NamedTuple):
     median: float
     p80: float
 
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Band:
+        """The band of single times in milliseconds."""
+        return cls(*torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist())
+
 
 class NotCapturableError(Exception):
     """A call that can't be recorded in a device graph; the message says why.
@@ -140,11 +145,7 @@ def event_times(
     synchronize(device)
     estimate = min(_time_each(call, device, 2, before))
     _time_each(call, device, _repeats(estimate, WARMUP_SHARE * budget_ms, 1), before)
-    times = _time_each(call, device, _repeats(estimate, budget_ms, FEWEST_CALLS), before)
-    p20, median, p80 = (
-        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    )
-    return Band(p20, median, p80)
+    return Band.of(_time_each(call, device, _repeats(estimate, budget_ms, FEWEST_CALLS), before))
 
 
 def _refuse_host_sync(call: Callable[[], Any], device: torch.device) -> None:

@@ -11,8 +11,9 @@ from .record import Record, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["LABELS", "draw_sweep"]
+__all__ = ["COLOURS", "LABELS", "draw_sweep", "save"]
 
 LABELS = {
     "ours": "liger_trainer",
@@ -117,7 +118,13 @@ def draw_sweep(record: Record, sweep: Sweep, folder: Path, stem: str) -> Path | 
     time.yaxis.set_minor_locator(NullLocator())
     figure.suptitle(f"{sweep.title} — forward and backward, {record.device}", fontsize=11)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    path = folder / f"{stem}.png"
+    return save(figure, folder / f"{stem}.png")
+
+
+def save(figure: Figure, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -63,9 +63,12 @@ class Record:
         return cls(**json.loads(path.read_text()))
 
     @classmethod
-    def open(cls, folder: Path, benchmark: str, device: torch.device) -> tuple[Record, Path]:
-        """The record to add rows to, and its path: a stored one if it has the same device and versions, else empty."""
-        name = device_name(device)
+    def open(cls, folder: Path, benchmark: str, device: torch.device | str) -> tuple[Record, Path]:
+        """The record to add rows to, and its path: a stored one if it has the same device and versions, else empty.
+
+        ``device``: a device of this process, or the name of one, as :func:`device_name` gives it.
+        """
+        name = device if isinstance(device, str) else device_name(device)
         path = folder / f"{benchmark}_{device_slug(name)}.json"
         fresh = cls(benchmark, name, versions())
         if not path.exists():
