@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.record import Record, Row
 from harness.run import RESULTS, rounded, show_table
+from training.clock import Clock, OutOfTimeError
 from training.contexts import OUT_OF_MEMORY, fits, next_length
 from training.isolated import Isolated, IsolatedError
 from training.measure_step import describe_device, measurer
@@ -36,44 +37,8 @@ from training.step_trace import LAUNCH_BLOCKING
 
 STEPS, CONTEXTS = "training_steps", "training_contexts"
 HEADLINE = tuple(name for name in RUNS if not name.startswith("family-") and not name.endswith("-context"))
-FEWEST_SECONDS = 40  # left for a row, or it is not begun
 # Free memory in pieces of the wrong size would decide what fits.
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-
-
-class OutOfTimeError(Exception):
-    """The minutes of this call are over."""
-
-
-class Clock:
-    """The time that this call has left, and the most that one answer may take."""
-
-    def __init__(self, minutes: float | None, timeout: float) -> None:
-        self.end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-        self.timeout = timeout
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def check(self) -> None:
-        """Raise `OutOfTimeError` where nothing should be begun any more."""
-        if self.left() < FEWEST_SECONDS:
-            raise OutOfTimeError
-
-    def ask(self, process: Isolated, request: dict[str, Any]) -> dict[str, Any]:
-        """The process's answer.
-
-        Raises:
-            IsolatedError: there is none.
-            OutOfTimeError: there is none because the call's time is over, which is not the process's fault.
-        """
-        left = self.left()
-        try:
-            return process.ask(request, min(self.timeout, left))
-        except IsolatedError:
-            if left < self.timeout and self.left() <= 0:
-                raise OutOfTimeError from None
-            raise
 
 
 def new_row(name: str, run: Run, provider: str, length: int) -> Row:
