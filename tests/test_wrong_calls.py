@@ -153,6 +153,12 @@ CALLS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "gate must have a floating point dtype, got torch.int64",
     ),
     (
+        "geglu of nothing",
+        lambda: kernels.geglu(None, None),
+        TypeError,
+        "gate must be a tensor, got None",
+    ),
+    (
         "swiglu of scalars",
         lambda: kernels.swiglu(torch.tensor(1.0), torch.tensor(1.0)),
         ValueError,
@@ -385,6 +391,18 @@ CALLS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         lambda: losses.dpo_loss(X(2), X(2), X(2), X(2), loss_type="dpo"),
         ValueError,
         "loss_type must be among ('sigmoid', 'hinge', 'ipo', 'exo_pair', 'nca_pair', 'robust',",
+    ),
+    (
+        "GRPOOptions: unknown type",
+        lambda: losses.GRPOOptions(loss_type="ppo"),
+        ValueError,
+        "loss_type must be among ('grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo', 'sapo', 'luspo', 'vespo'), got 'ppo'",
+    ),
+    (
+        "GRPOOptions: unknown level",
+        lambda: losses.GRPOOptions(importance_sampling_level="word"),
+        ValueError,
+        "importance_sampling_level must be among ('token', 'sequence'), got 'word'",
     ),
     (
         "cpo_loss: unknown type",

@@ -97,6 +97,12 @@ class HeadLoss(nn.Module):
             "least_memory": least_memory,
         }
 
+    def bound(self, labels: Tensor, max_valid: int | None) -> int | None:
+        """``max_valid`` of :meth:`score`: the caller's, or the number of the labels, for which the host waits once."""
+        if max_valid is not None or torch.compiler.is_compiling():
+            return max_valid
+        return int((labels != self.ignore_index).sum())
+
     def score(
         self,
         hidden: Tensor,  # (B, T, H)
@@ -104,13 +110,17 @@ class HeadLoss(nn.Module):
         labels: Tensor,  # (B, T)
         bias: Tensor | None,  # (V,)
         outputs: tuple[str, ...] = (),
+        *,
+        max_valid: int | None,
     ) -> Sequences:
         if weight.dim() != 2 or hidden.dim() != 3 or labels.dim() != 2:
             raise ValueError(
                 "hidden states, weight and labels must have shapes (B, T, H), (V, H) and (B, T); "
                 f"got {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
             )
-        tokens = linear_log_probs(hidden, weight, labels, bias=bias, outputs=outputs, **self.head_options)
+        tokens = linear_log_probs(
+            hidden, weight, labels, bias=bias, outputs=outputs, max_valid=max_valid, **self.head_options
+        )
         if isinstance(tokens, Tensor):
             tokens = LogProbs(tokens)
         mask = labels != self.ignore_index
@@ -123,6 +133,8 @@ class HeadLoss(nn.Module):
         weight: Tensor | None,  # (V, H)
         labels: Tensor,  # (B, T)
         bias: Tensor | None,  # (V,)
+        *,
+        max_valid: int | None,
     ) -> Sequences | None:
         """The reference's sequences without any gradient, or None where there is no reference."""
         if not self.use_ref_model:
@@ -130,4 +142,4 @@ class HeadLoss(nn.Module):
         if hidden is None or weight is None:
             raise ValueError("use_ref_model=True needs ref_input and ref_weight, got None")
         with torch.no_grad():
-            return self.score(hidden, weight, labels, bias)
+            return self.score(hidden, weight, labels, bias, max_valid=max_valid)

@@ -116,18 +116,23 @@ class LigerFusedLinearCPOLoss(HeadLoss):
         _input: Tensor,  # (2B, T, H)
         target: Tensor,  # (2B, T)
         bias: Tensor | None = None,  # (V,)
+        *,
+        max_valid: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and what to log of it.
 
         Args:
             lin_weight, _input, target, bias: head, hidden states and labels already shifted; B chosen answers, then
                 the B rejected ones in their order.
+            max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
+                :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
         Returns:
             The loss and (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
             chosen_rewards, rejected_rewards), of which the means are over the labelled tokens and without gradient.
         """
-        policy = self.score(_input, lin_weight, target, bias, ("mean_logits",))
+        max_valid = self.bound(target, max_valid)
+        policy = self.score(_input, lin_weight, target, bias, ("mean_logits",), max_valid=max_valid)
         chosen, rejected = policy.log_probs.chunk(2)
         of_chosen = policy.mask.chunk(2)[0]
         nll = -policy.tokens.log_probs.chunk(2)[0].sum() / of_chosen.sum().clamp(min=1)

@@ -328,6 +328,7 @@ class LigerFusedLinearDPOLoss(HeadLoss):
         ref_bias: Tensor | None = None,  # (V,)
         *,
         ref_logps: Tensor | None = None,  # (2B,)
+        max_valid: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and what to log of it.
 
@@ -338,18 +339,21 @@ class LigerFusedLinearDPOLoss(HeadLoss):
                 the B rejected ones in their order.
             ref_input, ref_weight, ref_bias: the reference's, where ``use_ref_model``.
             ref_logps: the reference's log-probabilities of the 2B answers in their place, computed before.
+            max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
+                :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
         Returns:
             The loss and (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
             chosen_rewards, rejected_rewards), of which the means are over the labelled tokens and without gradient.
         """
         outputs = ("mean_logits", "log_sum_sq_probs") if self.use_weighting else ("mean_logits",)
-        policy = self.score(_input, lin_weight, target, bias, outputs)
+        max_valid = self.bound(target, max_valid)
+        policy = self.score(_input, lin_weight, target, bias, outputs, max_valid=max_valid)
         logps = policy.log_probs
         if self.ld_alpha is not None:
             logps = length_desensitized_log_probs(policy.tokens.log_probs, policy.mask, self.ld_alpha)
         if ref_logps is None:
-            reference = self.score_reference(ref_input, ref_weight, target, ref_bias)
+            reference = self.score_reference(ref_input, ref_weight, target, ref_bias, max_valid=max_valid)
             ref_logps = torch.zeros_like(logps) if reference is None else reference.log_probs
             if self.ld_alpha is not None and reference is not None:
                 ref_logps = length_desensitized_log_probs(reference.tokens.log_probs, policy.mask, self.ld_alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,13 @@ GRPO_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 
 
-class GRPOOptions(NamedTuple):
-    """The constants of :func:`grpo_loss`, under TRL's names."""
+@dataclass(frozen=True)
+class GRPOOptions:
+    """The constants of :func:`grpo_loss`, under TRL's names.
+
+    Raises:
+        ValueError: for an unknown ``loss_type`` or ``importance_sampling_level``.
+    """
 
     loss_type: str = "dapo"
     beta: float = 0.0  # weight of the divergence from the reference
@@ -42,6 +48,10 @@ class GRPOOptions(NamedTuple):
     vespo_lambda_neg: float = 2.0
     use_bias_correction_kl: bool = False  # DeepSeek-V3.2: the divergence times the ratio
     entropy_coef: float = 0.0  # what a nat of mean entropy takes off the loss
+
+    def __post_init__(self) -> None:
+        check_names("loss_type", (self.loss_type,), GRPO_LOSS_TYPES)
+        check_names("importance_sampling_level", (self.importance_sampling_level,), IMPORTANCE_SAMPLING_LEVELS)
 
 
 class GRPOOutput(NamedTuple):
@@ -133,7 +143,7 @@ def grpo_loss(
     old_logps: Tensor | None,  # (B, T)
     advantages: Tensor,  # (B,) or (B, T)
     mask: Tensor,  # (B, T)
-    options: GRPOOptions = GRPOOptions(),  # noqa: B008  an immutable default
+    options: GRPOOptions = GRPOOptions(),
     *,
     ref_logps: Tensor | None = None,  # (B, T)
     num_items: Tensor | float | None = None,
@@ -161,10 +171,8 @@ def grpo_loss(
         :class:`GRPOOutput`. Gradients flow to ``logps`` and, with an entropy coefficient, ``entropy``.
 
     Raises:
-        ValueError: for an unknown loss type or level, and where a type lacks what it needs.
+        ValueError: where a type lacks what it needs.
     """
-    check_names("loss_type", (options.loss_type,), GRPO_LOSS_TYPES)
-    check_names("importance_sampling_level", (options.importance_sampling_level,), IMPORTANCE_SAMPLING_LEVELS)
     if options.beta and ref_logps is None:
         raise ValueError(f"beta={options.beta} needs ref_logps, got None")
     if options.entropy_coef and entropy is None:
@@ -239,9 +247,7 @@ class LigerFusedLinearGRPOLoss(HeadLoss):
         entropy_coef: float = 0.0,
         **options: Any,
     ) -> None:
-        check_names("loss_type", (loss_type,), GRPO_LOSS_TYPES)
-        check_names("importance_sampling_level", (importance_sampling_level,), IMPORTANCE_SAMPLING_LEVELS)
-        further = {name: options.pop(name) for name in GRPOOptions._fields if name in options}
+        further = {each.name: options.pop(each.name) for each in fields(GRPOOptions) if each.name in options}
         super().__init__(
             use_ref_model=use_ref_model and beta != 0,
             compiled=compiled,
@@ -281,6 +287,7 @@ class LigerFusedLinearGRPOLoss(HeadLoss):
         *,
         num_items: Tensor | float | None = None,
         token_mask: Tensor | None = None,  # (B, T)
+        max_valid: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss, and what to log of it.
 
@@ -296,16 +303,25 @@ class LigerFusedLinearGRPOLoss(HeadLoss):
                 neither, or without ``use_ref_model``, the divergence is from the policy as it is: 0, with no gradient.
             old_per_token_logps, vllm_is_ratio, num_items, token_mask: the function's ``old_logps``,
                 ``importance_sampling_ratio``, ``num_items`` and ``token_mask``.
+            max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
+                :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
         Returns:
             The loss and [the mean divergence, where beta is not 0; the share of clipped tokens, where the type clips],
             without gradient.
         """
         labels = selected_token_ids.masked_fill(attention_mask == 0, self.ignore_index)
-        policy = self.score(_input, lin_weight, labels, bias, ("entropy",) if self.options.entropy_coef else ())
+        max_valid = self.bound(labels, max_valid)
+        policy = self.score(
+            _input, lin_weight, labels, bias, ("entropy",) if self.options.entropy_coef else (), max_valid=max_valid
+        )
         logps = policy.tokens.log_probs
         if ref_per_token_logps is None and self.options.beta:
-            reference = None if ref_input is None else self.score_reference(ref_input, ref_weight, labels, ref_bias)
+            reference = (
+                None
+                if ref_input is None
+                else self.score_reference(ref_input, ref_weight, labels, ref_bias, max_valid=max_valid)
+            )
             ref_per_token_logps = logps.detach() if reference is None else reference.tokens.log_probs
         output = grpo_loss(
             logps,

@@ -115,6 +115,7 @@ class LigerFusedLinearKTOLoss(HeadLoss):
         kl: Tensor | None = None,  # () or (B,)
         *,
         ref_logps: Tensor | None = None,  # (B,)
+        max_valid: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and what to log of it.
 
@@ -127,6 +128,8 @@ class LigerFusedLinearKTOLoss(HeadLoss):
             ref_input, ref_weight, ref_bias: the reference's, where ``use_ref_model``.
             kl: :func:`kto_kl`.
             ref_logps: the reference's log-probabilities of the answers in their place, computed before.
+            max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
+                :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
         Returns:
             The loss and sums without gradient, over desirable and over other answers in turn: of their
@@ -134,9 +137,10 @@ class LigerFusedLinearKTOLoss(HeadLoss):
         """
         if preference_labels is None:
             raise ValueError("preference_labels must be a bool an answer, got None")
-        policy = self.score(_input, lin_weight, target, bias, ("mean_logits",))
+        max_valid = self.bound(target, max_valid)
+        policy = self.score(_input, lin_weight, target, bias, ("mean_logits",), max_valid=max_valid)
         if ref_logps is None:
-            reference = self.score_reference(ref_input, ref_weight, target, ref_bias)
+            reference = self.score_reference(ref_input, ref_weight, target, ref_bias, max_valid=max_valid)
             ref_logps = torch.zeros_like(policy.log_probs) if reference is None else reference.log_probs
         loss = kto_loss(policy.log_probs, ref_logps, preference_labels, kl, **self.options).mean()  # type: ignore[arg-type]
         assert policy.tokens.mean_logits is not None

@@ -69,6 +69,8 @@ class LigerFusedLinearORPOLoss(HeadLoss):
         target: Tensor,  # (2B, T)
         bias: Tensor | None = None,  # (V,)
         nll_target: Tensor | None = None,  # (B, T)
+        *,
+        max_valid: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and what to log of it.
 
@@ -77,6 +79,8 @@ class LigerFusedLinearORPOLoss(HeadLoss):
                 the B rejected ones in their order.
             nll_target: (B, T) labels of the negative log-likelihood, which the paper takes over the prompt too; those
                 of ``target`` must be among them. None takes the chosen answers'.
+            max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
+                :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
         Returns:
             The loss and (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
@@ -90,7 +94,8 @@ class LigerFusedLinearORPOLoss(HeadLoss):
                     f"{tuple(target.chunk(2)[0].shape)}; got {tuple(nll_target.shape)}"
                 )
             labels = torch.cat([nll_target, target.chunk(2)[1]])
-        policy = self.score(_input, lin_weight, labels, bias, ("mean_logits",))
+        max_valid = self.bound(labels, max_valid)
+        policy = self.score(_input, lin_weight, labels, bias, ("mean_logits",), max_valid=max_valid)
         logps = sequence_log_probs(policy.tokens.log_probs, target != self.ignore_index, average=True)
         chosen, rejected = logps.chunk(2)
         of_chosen = policy.mask.chunk(2)[0]

@@ -22,6 +22,8 @@ __all__ = [
 
 def check_floating(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {tensor!r}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating point dtype, got {tensor.dtype}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ def trl_loss(head, ids, mask, advantages, options, inputs, *, num_items, is_rati
         delta=options.delta,
         use_bias_correction_kl=options.use_bias_correction_kl,
         steps_per_generation=1,
-        **{name: getattr(options, name) for name in options._fields if name.startswith(("sapo", "vespo"))},
+        **{name: getattr(options, name) for name in vars(options) if name.startswith(("sapo", "vespo"))},
     )
     trainer = stub_trainer(
         args=args,
@@ -77,7 +78,7 @@ def check(*, old=True, per_token_advantages=False, is_ratio=None, entropy_mask=N
         is_ratio = 0.2 * noise(B, is_ratio).abs() + 0.8
     if entropy_mask is not None:
         entropy_mask = noise(B, T) > 0
-    module = LigerFusedLinearGRPOLoss(**options._asdict(), **TILES)
+    module = LigerFusedLinearGRPOLoss(**dataclasses.asdict(options), **TILES)
     items = mask.sum() if num_items is None else num_items
     loss, logged = module(
         head.hidden,
@@ -162,8 +163,6 @@ def test_temperature_is_the_heads():
 def test_what_is_missing_is_named():
     logps, advantages, mask = torch.zeros(2, 3), torch.zeros(2), torch.ones(2, 3)
     for options, message in [
-        (GRPOOptions(loss_type="ppo"), r"loss_type must be among \('grpo'"),
-        (GRPOOptions(importance_sampling_level="word"), "importance_sampling_level must be among"),
         (GRPOOptions(beta=0.1), "beta=0.1 needs ref_logps"),
         (GRPOOptions(entropy_coef=0.1), "entropy_coef=0.1 needs entropy"),
         (GRPOOptions(loss_type="dr_grpo"), "'dr_grpo' needs max_completion_length"),
