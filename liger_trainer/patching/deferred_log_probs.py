@@ -1,4 +1,7 @@
-"""The log-softmax of deferred logits: what a loss gathers of it comes from the fused op, anything else builds it."""
+"""What of deferred logits comes from the fused ops: a class's log-probability, and the likeliest class.
+
+Their log-softmax is an object of its own. What a loss gathers of it comes from the fused op, anything else builds it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels import linear_log_probs
+from ..kernels import CrossEntropyOutput, linear_cross_entropy, linear_log_probs
 
 if TYPE_CHECKING:
     from .deferred_logits import DeferredLogits
 
-__all__ = ["DeferredLogProbs"]
+__all__ = ["DeferredLogProbs", "likeliest_classes"]
+
+
+def _capped_the_other_way(logits: DeferredLogits) -> bool:
+    return logits.transform.capped and not logits.transform.outer > 0
+
+
+def likeliest_classes(logits: DeferredLogits) -> Tensor | None:
+    """(\\*) the class of each row's largest logit, without logits; None where these exist or must be built."""
+    if logits.cell.value is not None or logits.head is None or _capped_the_other_way(logits):
+        return None
+    weight, bias = logits.head.tensors(logits.transform.n_classes)
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    with torch.no_grad():
+        output = linear_cross_entropy(
+            logits.hidden,
+            weight,
+            labels,
+            bias=bias,
+            reduction="sum",
+            outputs=("predicted_tokens",),
+            max_valid=labels.numel(),
+            tile_bytes=logits.head.tile_bytes,
+            compute_dtype=logits.head.compute_dtype,
+            **logits.transform.loss_options(),
+        )
+    assert isinstance(output, CrossEntropyOutput) and output.predicted_tokens is not None
+    return output.predicted_tokens
 
 
 class DeferredLogProbs:
@@ -42,13 +72,12 @@ class DeferredLogProbs:
         logits = self._logits
         last = dim in (-1, len(self.shape) - 1)
         one_class_a_row = index.dim() == len(self.shape) and index.shape == (*self.shape[:-1], 1)
-        capped_the_other_way = logits.transform.capped and not logits.transform.outer > 0
         if (
             self._value is not None
             or logits.cell.value is not None
             or logits.head is None
             or not (last and one_class_a_row)
-            or capped_the_other_way
+            or _capped_the_other_way(logits)
             or options
         ):
             return self.materialize().gather(dim, index, **options)

@@ -30,7 +30,7 @@ from ..kernels import cross_entropy, linear_cross_entropy
 from ..kernels._dtypes import gradient_dtype
 from . import sharding
 from .counted_labels import CountedLabels
-from .deferred_log_probs import DeferredLogProbs
+from .deferred_log_probs import DeferredLogProbs, likeliest_classes
 from .sharding import HeadWeight
 
 __all__ = ["DeferredLogits", "Head", "defer", "label_smoothing"]
@@ -310,6 +310,11 @@ class DeferredLogits(_Fields):
             dtype = torch.float32 if lifted else self.dtype
         return DeferredLogProbs(self, dtype)
 
+    def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        last = dim in (-1, self.dim() - 1) and not keepdim
+        classes = likeliest_classes(self) if last else None
+        return self.materialize().argmax(dim, keepdim) if classes is None else classes
+
     # -- where logits are needed after all -------------------------------------------------------------------------
 
     def materialize(self) -> Tensor:
@@ -479,6 +484,7 @@ _RECORDED: dict[Callable[..., Any], Callable[..., Any]] = {
         NotImplemented if dim is None else logits.log_softmax(dim, dtype)
     ),
     torch.log_softmax: lambda logits, dim, dtype=None: logits.log_softmax(dim, dtype),
+    torch.argmax: DeferredLogits.argmax,
     torch.tanh: DeferredLogits.tanh,
     torch.mul: DeferredLogits.__mul__,
     torch.div: lambda logits, factor, **rounding: NotImplemented if rounding else logits / factor,

@@ -5,11 +5,13 @@ A Trainer that evaluates hands every output of the model on, and reads only what
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .deferred_logits import DeferredLogits
 
@@ -19,6 +21,10 @@ _METADATA = frozenset(
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_meta")
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
+
+_RECORDED = frozenset(
+    {Tensor.float, Tensor.contiguous, Tensor.view, Tensor.reshape, Tensor.__getitem__, Tensor.argmax, torch.argmax}
+)
 
 
 class LazyLogits(Tensor):
@@ -40,13 +46,17 @@ class LazyLogits(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is F.cross_entropy and isinstance(args[0], LazyLogits):
+            deferred = args[0]._deferred  # whose weight the loss lets go of
+            return func(deferred._replace(head=copy.copy(deferred.head)), *args[1:], **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
                 return func(*args, **(kwargs or {}))
-            if func is Tensor.float:
-                # accelerate casts what a model returns under mixed precision, read or not.
-                cast = args[0]._deferred.float()
-                return LazyLogits(cast) if isinstance(cast, DeferredLogits) else cast
+            if func in _RECORDED and isinstance(args[0], LazyLogits):
+                # accelerate casts what a model returns under mixed precision, read or not; metrics and losses of the
+                # user's own cut and reshape it, for cross entropy or the likeliest class.
+                result = getattr(args[0]._deferred, func.__name__)(*args[1:], **(kwargs or {}))
+                return LazyLogits(result) if isinstance(result, DeferredLogits) else result
             return func(*_built(args), **_built(kwargs or {}))
 
     @classmethod

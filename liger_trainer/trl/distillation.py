@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,12 +14,23 @@ from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
 from ..kernels import linear_jsd
+from ..patching.counted_labels import count_labels
+from .affine_head import is_plain, serving_module, stacked
 from .arguments import LigerTRLArguments
-from .deferred_head import HeadTensors
-from .mixin import LigerLossMixin, _causal_lm, _has_adapter_on_head, apply_liger_loss
+from .deferred_head import HeadTensors, check_head
+from .fused_forward import IGNORED, upper_bound
+from .mixin import LigerLossMixin, _causal_lm, apply_liger_loss
 from .pairs import shifted
 
 __all__ = ["LigerDistillationConfig", "LigerDistillationTrainer", "LigerGKDConfig", "LigerGKDTrainer"]
+
+
+def _refuse_least_memory(trainer: LigerLossMixin) -> None:
+    if trainer.memory_options()["least_memory"]:
+        raise ValueError(
+            f"{type(trainer).__name__} has no least-memory mode: its gradients are formed in the forward, which tiles "
+            "rows. Set least_memory=False, and tile_bytes in liger_config for small tiles."
+        )
 
 
 @dataclass
@@ -30,6 +42,7 @@ class LigerGKDTrainer(LigerLossMixin, GKDTrainer):
     """``trl.experimental.gkd.GKDTrainer`` on liger_trainer's kernels; see :class:`LigerLossMixin`."""
 
     def replace_loss(self) -> None:
+        _refuse_least_memory(self)
         apply_liger_loss(self)
         self.install_heads(self.teacher_model)
 
@@ -40,15 +53,17 @@ class LigerGKDTrainer(LigerLossMixin, GKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if not self.uses_liger_loss or return_outputs:  # the outputs are the logits
+        if not self.uses_liger_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         self.teacher_model.eval()
         with torch.no_grad():
             teacher: HeadTensors = self.teacher_model(**tokens, logits_to=lambda outputs, head: head)
         labels = shifted(inputs["labels"])
+        counted = count_labels(labels, IGNORED)
 
         def divergence(outputs: Any, student: HeadTensors) -> Any:
+            student = student.last(labels.shape[1])
             return linear_jsd(
                 student.hidden,
                 student.weight,
@@ -63,11 +78,15 @@ class LigerGKDTrainer(LigerLossMixin, GKDTrainer):
                 student_softcap=student.softcap,
                 teacher_logit_scale=teacher.logit_scale,
                 teacher_softcap=teacher.softcap,
+                max_valid=upper_bound(counted),
                 tile_bytes=self.memory_options()["tile_bytes"],
                 compute_dtype=student.compute_dtype,
             )
 
-        return model(**tokens, logits_to=divergence)
+        if not return_outputs:
+            return model(**tokens, logits_to=divergence)
+        with self.one_forward(fused_too=False):
+            return model(**tokens, logits_to=divergence), model(**tokens)
 
 
 @dataclass
@@ -83,26 +102,28 @@ class LigerDistillationTrainer(LigerLossMixin, DistillationTrainer):
     """
 
     def replace_loss(self) -> None:
-        """Nothing is installed: the loss is chosen in each forward.
+        """Nothing is installed: the loss is chosen in each forward."""
+        _refuse_least_memory(self)
+        check_head(_causal_lm(self.model))
 
-        Raises:
-            ValueError: for an adapter on the head, whose weight alone TRL's code hands on.
-        """
-        if _has_adapter_on_head(_causal_lm(self.model)):
-            raise ValueError(
-                f"{type(self).__name__} reads the weight of the LM head alone, so that an adapter on it would never be "
-                "trained. Take the head out of target_modules, or use LigerGKDTrainer."
-            )
-
-    def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def _compute_loss(self, unwrapped_student: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.uses_liger_loss:
-            return super()._compute_loss(*args, **kwargs)
+            return super()._compute_loss(unwrapped_student, *args, **kwargs)
+        self._adapted_head = None
+        outer = unwrapped_student.get_output_embeddings()
+        if not is_plain(outer):
+            # TRL's code reads a weight and a bias, of which an adapter on the head is no part.
+            self._adapted_head = serving_module(outer)
+            weight = next(outer.parameters())
+            unwrapped_student.get_output_embeddings = lambda: SimpleNamespace(weight=weight, bias=None)
         original = distillation_trainer._chunked_divergence_loss
         distillation_trainer._chunked_divergence_loss = self._divergence
         try:
-            return super()._compute_loss(*args, **kwargs)
+            return super()._compute_loss(unwrapped_student, *args, **kwargs)
         finally:
             distillation_trainer._chunked_divergence_loss = original
+            if self._adapted_head is not None:
+                del unwrapped_student.get_output_embeddings
 
     def _divergence(
         self,
@@ -123,6 +144,9 @@ class LigerDistillationTrainer(LigerLossMixin, DistillationTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, sum of the student's entropies, number of tokens), as TRL's ``_chunked_divergence_loss``."""
         valid = completion_mask != 0
+        if self._adapted_head is not None:
+            product, student_hidden_states = stacked(self._adapted_head, student_hidden_states)
+            student_lm_head_weight, student_lm_head_bias = product.weight, product.bias
         output: Any = linear_jsd(
             student_hidden_states,
             student_lm_head_weight,

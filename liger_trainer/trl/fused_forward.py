@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..kernels import LogProbs, linear_log_probs
 from ..patching.counted_labels import CountedLabels, count_labels
+from ..patching.deferred_logits import DeferredLogits
+from ..patching.lazy_logits import settle
 from .deferred_head import HeadTensors, check_head, deferring_head, head_tensors
 
-__all__ = ["HeadOptions", "install", "trl_options"]
+__all__ = ["HeadOptions", "install", "one_forward", "trl_options", "upper_bound"]
 
 IGNORED = -100
 
@@ -32,6 +35,7 @@ class HeadOptions:
     outputs: tuple[str, ...] = ("log_probs",)
     tile_bytes: int | None = None
     cache_bytes: int | None = None
+    least_memory: bool = False
 
 
 # TRL's names of what the kernel calls otherwise.
@@ -65,6 +69,64 @@ def trl_options(model: nn.Module) -> tuple[Callable[..., Any], HeadOptions] | No
     return values["original_forward"], options
 
 
+def upper_bound(counted: Tensor) -> int | None:
+    """How many of labels that :func:`~..patching.counted_labels.count_labels` gave are not ignored at most."""
+    return counted.upper_bound(IGNORED) if isinstance(counted, CountedLabels) else None
+
+
+class _OneForward:
+    """Outputs of the forwards inside :func:`one_forward`, each with the input that they are of."""
+
+    def __init__(self, fused_too: bool) -> None:
+        self.fused_too = fused_too
+        self._made: list[tuple[nn.Module, Tensor, Any]] = []
+        self._heads: list[Any] = []  # kept alive
+
+    def find(self, model: nn.Module, inputs: Tensor, fused: bool) -> Any:
+        if fused and not self.fused_too:
+            return None
+        for of, given, outputs in self._made:
+            if of is model and given is inputs:
+                return outputs
+        return None
+
+    def keep(self, model: nn.Module, inputs: Tensor, outputs: Any, heads: list[Any]) -> None:
+        if not any(of is model and given is inputs for of, given, _ in self._made):
+            self._made.append((model, inputs, outputs))
+            self._heads += heads
+
+
+_SHARING: list[_OneForward] = []
+
+
+@contextmanager
+def one_forward(fused_too: bool) -> Iterator[None]:
+    """Inside, a model runs once over the same tensor of tokens, however often it is called for it.
+
+    Its first outputs are handed out again, their logits unbuilt until they are read. TRL's code runs a model a second
+    time for logits beside its fused head's log-probabilities, or for these beside logits.
+
+    Args:
+        fused_too: whether calls for a fused head's outputs are among those that are spared. Not where the same model
+            with its adapters off is the reference: its log-probabilities are of the same tokens.
+    """
+    _SHARING.append(_OneForward(fused_too))
+    try:
+        yield
+    finally:
+        _SHARING.pop()
+
+
+def _handed_out(outputs: Any) -> Any:
+    """Outputs of which a loss may use up the logits: what is kept for others stays whole."""
+    logits = outputs.logits
+    if not isinstance(logits, DeferredLogits) or logits.cell.value is not None:
+        return outputs
+    fresh = copy.copy(outputs)
+    fresh.logits = logits._replace(head=copy.copy(logits.head), cell=type(logits.cell)())
+    return settle(fresh)
+
+
 def _score(head: HeadTensors, labels: Tensor, n_labels: int | None, options: HeadOptions) -> LogProbs:
     scored = linear_log_probs(
         head.hidden,
@@ -79,6 +141,7 @@ def _score(head: HeadTensors, labels: Tensor, n_labels: int | None, options: Hea
         max_valid=n_labels,
         tile_bytes=options.tile_bytes,
         cache_bytes=options.cache_bytes,
+        least_memory=options.least_memory,
     )
     return LogProbs(scored) if isinstance(scored, Tensor) else scored
 
@@ -97,8 +160,7 @@ def _fused_output(
     labels = labels.to(head.hidden.device)
     if not shifted:  # the last position predicts nothing; the hidden states stay where they are
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    n_labels = counted.upper_bound(IGNORED) if isinstance(counted, CountedLabels) else None
-    scored = _score(head, labels, n_labels, options)
+    scored = _score(head, labels, upper_bound(counted), options)
     end = labels.shape[1] if shifted else -1
     mask = (labels != IGNORED)[:, :end]
     log_probs = scored.log_probs[:, :end]
@@ -156,15 +218,25 @@ def install(
         **kwargs: Any,
     ) -> Any:
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-        if not fused_lm_head and logits_to is None:
-            return before(*args, **{name: value for name, value in given.items() if value is not None}, **kwargs)
+        given = {name: value for name, value in given.items() if value is not None}
+        plain = not fused_lm_head and logits_to is None
+        tokens: Any = kwargs.get("input_ids", args[0] if args else None)
+        sharing = _SHARING[-1] if _SHARING and tokens is not None and not (plain and given) else None
+        if plain and sharing is None:
+            return before(*args, **given, **kwargs)
         kwargs["use_cache"] = False
         scored_labels = labels if shift_labels is None else shift_labels
         # On its way to the host while the model runs.
         counted = None if scored_labels is None else count_labels(scored_labels, IGNORED)
         with autocast():
-            with deferring_head(self, options.tile_bytes):
-                outputs = original(*args, **kwargs)
+            outputs = None if sharing is None else sharing.find(self, tokens, fused_lm_head)
+            if outputs is None:
+                with deferring_head(self, options.tile_bytes) as heads:
+                    outputs = original(*args, **kwargs)
+                if sharing is not None:
+                    sharing.keep(self, tokens, outputs, heads)
+            if plain:
+                return _handed_out(outputs)
             head = head_tensors(outputs.logits, self)
             if logits_to is not None:
                 return logits_to(outputs, head)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..arguments import LigerArguments
 from ..callback import LigerCallback
 from ..out_of_memory import MemoryAdvice
 from ..patching import apply_liger_kernel
-from .fused_forward import HeadOptions, install, trl_options
+from .fused_forward import HeadOptions, install, one_forward, trl_options
 
 try:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,6 +45,7 @@ def _head_options(trainer: Any, options: HeadOptions) -> HeadOptions:
         options,
         tile_bytes=config.get("tile_bytes"),
         cache_bytes=getattr(trainer.args, "logits_cache_bytes", None),
+        least_memory=getattr(trainer.args, "least_memory", False),
     )
 
 
@@ -150,10 +151,16 @@ class LigerLossMixin(MemoryAdvice):
         """Install the loss that builds no logits."""
         apply_liger_loss(self)
 
+    def one_forward(self, fused_too: bool) -> AbstractContextManager[None]:
+        """:func:`~.fused_forward.one_forward`, but where a weight is gone after the forward that gathered it."""
+        trainer: Any = self
+        sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        return nullcontext() if sharded else one_forward(fused_too)
+
     def memory_options(self) -> dict[str, Any]:
-        """``tile_bytes`` and ``cache_bytes`` of the losses."""
+        """``tile_bytes``, ``cache_bytes`` and ``least_memory`` of the losses."""
         options = _head_options(self, HeadOptions())
-        return {"tile_bytes": options.tile_bytes, "cache_bytes": options.cache_bytes}
+        return {name: getattr(options, name) for name in ("tile_bytes", "cache_bytes", "least_memory")}
 
     def install_heads(self, *models: nn.Module) -> None:
         """Give models that TRL gave no fused head a forward that can do without logits."""

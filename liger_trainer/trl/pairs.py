@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from ..alignment_losses._sequences import sequence_log_probs
 from ..kernels import linear_log_probs
+from ..patching.counted_labels import count_labels
 from .deferred_head import HeadTensors
-from .fused_forward import IGNORED
+from .fused_forward import IGNORED, upper_bound
 from .mixin import LigerLossMixin
 
 __all__ = ["ConcatenatedForward", "shifted"]
@@ -61,9 +62,11 @@ class ConcatenatedForward(LigerLossMixin):
         labels = answers
         if likelihood is not None:
             labels = torch.cat([shifted(likelihood)[:n_chosen], answers[n_chosen:]])
+        counted = count_labels(labels, IGNORED)  # on its way to the host while the model runs
         n_positions = None if self.counts_last_position() else -1
 
         def score(outputs: Any, head: HeadTensors) -> tuple[Tensor, ...]:
+            head = head.last(labels.shape[1])
             log_probs: Any = linear_log_probs(
                 head.hidden,
                 head.weight,
@@ -72,6 +75,7 @@ class ConcatenatedForward(LigerLossMixin):
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
                 compute_dtype=head.compute_dtype,
+                max_valid=upper_bound(counted),
                 **self.memory_options(),
             )
             means = head.mean_of_logits(**self.memory_options())[:, :n_positions]

@@ -232,8 +232,8 @@ class TestEvaluation:
         "use",
         [
             lambda x: x.detach(),
-            lambda x: x[..., :-1, :],
-            lambda x: x.argmax(-1),
+            lambda x: x[..., ::2],
+            lambda x: x.argmax(),
             lambda x: torch.cat([x, x]),
             lambda x: torch.from_numpy(x.numpy()),
             lambda x: torch.tensor(x.tolist()),
@@ -248,6 +248,21 @@ class TestEvaluation:
         result = use(ours.logits)
         assert type(result) is torch.Tensor
         torch.testing.assert_close(result, use(theirs.logits))
+
+    def test_cut_and_reshaped_they_stay_unbuilt(self, outputs):
+        ours, theirs = outputs
+        with wide_tensors(V, rows=TILE_ROWS, hidden_size=48) as wide:
+            cut = ours.logits[:, :-1].reshape(-1, V)
+            classes = ours.logits.argmax(-1), torch.argmax(cut, dim=-1)
+            labels = torch.arange(len(cut)) % V
+            losses = [F.cross_entropy(cut, labels) for _ in range(2)]
+        assert isinstance(cut, LazyLogits) and not wide
+        assert torch.equal(classes[0], theirs.logits.argmax(-1))
+        assert torch.equal(classes[1], theirs.logits[:, :-1].flatten(0, 1).argmax(-1))
+        expected = F.cross_entropy(theirs.logits[:, :-1].flatten(0, 1), labels)
+        for loss in losses:
+            torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(cut + 0, theirs.logits[:, :-1].flatten(0, 1))
 
     def test_tuple_outputs(self, tiny):
         model = tiny("Llama").eval()

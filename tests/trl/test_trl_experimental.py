@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
+import beside_trl
 import pytest
-import torch
-from beside_trl import pairs, run_beside, slow, tokenizer, words
-from datasets import Dataset
+from beside_trl import chats, pairs, run_beside, slow, tokenizer
 from tiny_models import tiny_llama
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -52,36 +53,9 @@ def test_simpo(tmp_path):
     run_beside((LigerSimPOTrainer, CPOTrainer), (LigerSimPOConfig, stock_config), pairs(), tmp_path, max_length=16)
 
 
-def chats(count: int = 20) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": words(generator, 3 + i % 3)},
-                {"role": "assistant", "content": words(generator, 4 + i % 5)},
-            ]
-        }
-        for i in range(count)
-    ]
-    return Dataset.from_list(rows)
-
-
-TEMPLATE = (
-    "{% for m in messages %}{{ 'w5 ' if m.role == 'user' else 'w6 ' }}{{ m.content }} {% endfor %}"
-    "{% if add_generation_prompt %}w6 {% endif %}"
-)
-
-
 @pytest.mark.parametrize("beta", [pytest.param(0.0, marks=slow), 0.3, pytest.param(1.0, marks=slow)])
 def test_gkd(tmp_path, monkeypatch, beta):
-    import beside_trl
-
-    def with_template():
-        made = tokenizer()
-        made.chat_template = TEMPLATE
-        return made
-
-    monkeypatch.setattr(beside_trl, "tokenizer", with_template)
+    monkeypatch.setattr(beside_trl, "tokenizer", functools.partial(tokenizer, chat=True))
     run_beside(
         (LigerGKDTrainer, GKDTrainer),
         (LigerGKDConfig, GKDConfig),

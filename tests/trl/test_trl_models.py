@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
-from beside_trl import arguments, assert_same_run, pairs, run_beside, slow, tokenizer
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from tiny_models import VOCAB, tiny_llama
+from beside_trl import arguments, assert_same_run, chats, pairs, run_beside, slow, tokenizer
+from on_logits import on_logits
+from peft import LoraConfig, PromptTuningConfig, TaskType
+from tiny_models import HIDDEN, VOCAB, tiny_llama
+from torch import nn
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -21,20 +23,20 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from liger_trainer.trl import (
     LigerDistillationConfig,
     LigerDistillationTrainer,
     LigerDPOConfig,
     LigerDPOTrainer,
+    LigerGKDConfig,
+    LigerGKDTrainer,
     LigerGRPOConfig,
     LigerGRPOTrainer,
     LigerORPOConfig,
     LigerORPOTrainer,
     apply_liger_loss,
 )
-from liger_trainer.trl.mixin import _adapters_allowed_on_heads
 
 DPO = (LigerDPOTrainer, DPOTrainer), (LigerDPOConfig, DPOConfig)
 ORPO = (LigerORPOTrainer, ORPOTrainer), (LigerORPOConfig, ORPOConfig)
@@ -128,32 +130,9 @@ def test_orpo_with_an_adapter_on_the_head(tmp_path, dropout):
     )
 
 
-class OnLogits(DPOTrainer):
-    """DPO with the adapter on the head in its logits, which are built."""
-
-    def __init__(self, *args, **kwargs):
-        with _adapters_allowed_on_heads(type(self)):
-            super().__init__(*args, **kwargs)
-        causal_lm = self.model.get_base_model()
-
-        def forward(*args, labels, fused_lm_head, **kwargs):
-            logits = type(causal_lm).forward(causal_lm, *args, **kwargs).logits[:, :-1]
-            labels = labels[:, 1:]
-            mask = labels != -100
-            log_p = logits.log_softmax(-1)
-            return FusedCausalLMOutput(
-                log_probs=log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * mask,
-                entropy=-(log_p.exp() * log_p).sum(-1) * mask,
-                mean_logits=logits.mean(-1) * mask,
-                is_top1=(logits.argmax(-1) == labels) & mask,
-            )
-
-        causal_lm.forward = forward
-
-
 def test_dpo_with_an_adapter_on_the_head(tmp_path):
     run_beside(
-        (LigerDPOTrainer, OnLogits),
+        (LigerDPOTrainer, on_logits(DPOTrainer)),
         DPO[1],
         pairs(),
         tmp_path,
@@ -222,24 +201,43 @@ def test_stock_arguments_will_do(tmp_path):
     assert trainer.model.forward.__func__.__code__.co_name == "forward"
 
 
+class Rounding(nn.Linear):
+    """A head that rounds its inputs."""
+
+    def forward(self, x):
+        return super().forward(x.round())
+
+
 def test_what_cannot_work_says_so_at_construction(tmp_path):
-    with pytest.raises(ValueError, match=r"(?i)adapter .*never be\s+trained|reads `lm_head.weight` directly"):
-        LigerDistillationTrainer(
-            model=get_peft_model(tiny_llama(), adapter({"target_modules": ["lm_head"]})["peft_config"]),
-            teacher_model=tiny_llama(1),
-            args=arguments(LigerDistillationConfig, tmp_path),
-            train_dataset=pairs().select_columns(["prompt"]),
-            processing_class=tokenizer(),
-        )
-    dora = LoraConfig(r=4, use_dora=True, target_modules=["lm_head"], task_type=TaskType.CAUSAL_LM)
-    with pytest.raises(ValueError, match=r"the LM head of LlamaForCausalLM can't do without its logits: .*DoRA"):
+    alora = LoraConfig(
+        r=4,
+        target_modules=["lm_head"],
+        task_type=TaskType.CAUSAL_LM,
+        alora_invocation_tokens=[5],
+        init_lora_weights=True,
+    )
+    with pytest.raises(ValueError, match=r"the LM head of LlamaForCausalLM can't do without its logits: .*ALora"):
         LigerDPOTrainer(
             model=tiny_llama(),
             args=arguments(LigerDPOConfig, tmp_path),
             train_dataset=pairs(),
             processing_class=tokenizer(),
-            peft_config=dora,
+            peft_config=alora,
         )
+    model = tiny_llama()
+    model.lm_head = Rounding(HIDDEN, VOCAB)
+    for trainer, config, data in (
+        (LigerDPOTrainer, LigerDPOConfig, pairs()),
+        (LigerDistillationTrainer, LigerDistillationConfig, pairs().select_columns(["prompt"])),
+    ):
+        with pytest.raises(ValueError, match=r"can't do without its logits: .*Rounding, whose outputs differ"):
+            trainer(
+                model=model,
+                args=arguments(config, tmp_path),
+                train_dataset=data,
+                processing_class=tokenizer(),
+                **{"ref_model" if trainer is LigerDPOTrainer else "teacher_model": tiny_llama(1)},
+            )
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True replaces the forward of the LM head"):
         LigerGRPOTrainer(
             model=tiny_llama(),
@@ -251,6 +249,16 @@ def test_what_cannot_work_says_so_at_construction(tmp_path):
         )
     with pytest.raises(ValueError, match="logits_cache_bytes must be at least 0, got -1"):
         LigerDPOConfig(str(tmp_path), logits_cache_bytes=-1)
+    with pytest.raises(ValueError, match="least_memory=True keeps no logits and excludes logits_cache_bytes=1000"):
+        LigerDPOConfig(str(tmp_path), logits_cache_bytes=1000, least_memory=True)
+    with pytest.raises(ValueError, match="LigerGKDTrainer has no least-memory mode"):
+        LigerGKDTrainer(
+            model=tiny_llama(),
+            teacher_model=tiny_llama(1),
+            args=arguments(LigerGKDConfig, tmp_path, least_memory=True, logits_cache_bytes=None),
+            train_dataset=chats(),
+            processing_class=tokenizer(chat=True),
+        )
 
 
 def test_a_trainer_without_a_fused_head_says_so(tmp_path):
