@@ -199,6 +199,7 @@ def benchmark(name: str) -> Benchmark:
             )
         ],
         floor_ms=floor_ms(name),
+        plain="hf",
         device_graphs=False,
     )
 

@@ -57,7 +57,8 @@ it runs on; `make benchmark-report` writes this page.
 - **× floor**: device time (event time where there is none) over the time that no implementation is expected to beat,
   measured in the same run. For all ops but the LM head that is a copy of the bytes that must move.
 - **host µs**: time to enqueue one call of a tiny problem, which bounds small steps.
-- **peak MB**: most memory allocated during a call over what was there before it, its results included, in 1e6 bytes.
+- **peak MB**: most memory allocated during a call over what was there before it, its results included, in 1e6 bytes;
+  of preference losses, in brackets, against plain logits.
 
 Before it is timed, each provider's outputs and gradients are compared with float64 on a small problem; one that is
 wrong is not timed. Gradients are formed by `torch.autograd.grad` with given output gradients, for everyone alike.
@@ -92,19 +93,28 @@ def rows_of(record: Record, benchmark: Benchmark, case: Case) -> list[Row]:
     return [found[name] for name in benchmark.providers if name in found]
 
 
-def cells(row: Row, tiny: dict[str, Row], note: str) -> list[str]:
+def share_of_memory(row: Row, rows: Sequence[Row], plain: str | None) -> str:
+    """A row's peak against that of the provider ``plain`` in the same case, in brackets."""
+    whole = next((each["peak_bytes"] for each in rows if each["provider"] == plain), None)
+    if not whole or row["provider"] == plain:
+        return ""
+    return f" ({100 * (row['peak_bytes'] / whole - 1):+.0f} %)".replace("-", "−")
+
+
+def cells(row: Row, rows: Sequence[Row], tiny: dict[str, Row], benchmark: Benchmark) -> list[str]:
     event = row["event_ms"]
     host = tiny.get(row["provider"], {}).get("host_us")
     ratio = times_floor(row)
+    share = share_of_memory(row, rows, benchmark.plain)
     no_graph = row["device_note"] and f"no device time: {row['device_note']}"
-    reasons = [f"not run: {row['error']}"] if row["error"] else [note, no_graph]
+    reasons = [f"not run: {row['error']}"] if row["error"] else [benchmark.providers[row["provider"]].note, no_graph]
     return [
         name_of(row["provider"]),
         in_ms(row["device_ms"]),
         "" if event is None else f"{in_ms(event[1])} ({in_ms(event[0])}–{in_ms(event[2])})",
         "" if ratio is None else f"{ratio:.2f}",
         "" if host is None else f"{host:.0f}",
-        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}",
+        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}{share}",
         "; ".join(each for each in reasons if each).replace("|", "\\|"),
     ]
 
@@ -124,7 +134,7 @@ def section(benchmark: Benchmark, record: Record, plots: list[Path], page: Path)
         floors = [row["floor_ms"] for row in rows if row["floor_ms"] is not None]
         floor = f", floor {in_ms(floors[0])} ms" if floors else ""
         parts.append(f"**{describe(case)}**{floor}\n")
-        lines = (cells(row, tiny, benchmark.providers[row["provider"]].note) for row in rows)
+        lines = (cells(row, rows, tiny, benchmark) for row in rows)
         chosen = [[line[i] for i in shown] for line in lines]
         parts.append(table([columns[i] for i in shown], "".join("lrrrrrl"[i] for i in shown), chosen))
     parts.extend(f"![{plot.stem.replace('_', ' ')}]({os.path.relpath(plot, page.parent)})\n" for plot in plots)

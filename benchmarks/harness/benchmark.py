@@ -138,6 +138,7 @@ class Benchmark:
     sweeps: Sequence[Sweep] = ()
     floor_bytes: Callable[[Case], int] | None = None
     floor_ms: Callable[[Case, torch.device, float], float] | None = None
+    plain: str | None = None  # the provider against whose peak memory the others' is shown
     device_graphs: bool = True  # whether to measure device time: pointless for calls of tens of milliseconds
 
     def inputs(self, case: Case, device: torch.device, seed: int = 0) -> Inputs:

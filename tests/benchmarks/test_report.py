@@ -49,6 +49,18 @@ def page(tmp_path):
     return (tmp_path / "docs" / "benchmarks.md").read_text(), tmp_path / "results"
 
 
+def test_memory_against_plain_logits():
+    benchmark = next(each for each in report.BENCHMARKS if each.name == "dpo_loss")
+    case = benchmark.bars[0]
+    rows = [row(provider, case, 1.0) for provider in ("ours", "hf", "trl")]
+    rows[0]["peak_bytes"] //= 5
+    found = [report.cells(each, rows, {}, benchmark)[5] for each in rows]
+    assert found == ["13 (−80 %)", "67", "67 (+0 %)"]
+    rows[1] |= {"peak_bytes": None, "error": "out of memory"}
+    assert report.cells(rows[0], rows, {}, benchmark)[5] == "13"
+    assert [case.length * case.pairs for case in benchmark.bars] == [4096, 4096, 4096, 16384]
+
+
 def test_tables(page):
     text, _ = page
     assert f"## {DEVICE}" in text and "2026-01-02: torch 2.11.0." in text

@@ -372,7 +372,9 @@ def run(trainer_name: str, feature_name: str) -> Result:
         config = getattr(ours, f"Liger{trainer.ours}Config")
         cls = getattr(ours, f"Liger{trainer.ours}Trainer")
         try:
-            with counted_tiles() as tiles, wide_tensors(VOCAB, rows=TILE_ROWS, hidden_size=HIDDEN) as found:
+            sampled = 4 * options.get("gradient_accumulation_steps", 1) if trainer.samples else 0  # answers at a time
+            rows = max(TILE_ROWS, sampled)
+            with counted_tiles() as tiles, wide_tensors(VOCAB, rows=rows, hidden_size=HIDDEN) as found:
                 mine = _train(cls, config, trainer, feature, Path(folder), options)
         except Exception as error:
             if isinstance(theirs, Exception):
