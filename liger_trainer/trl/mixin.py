@@ -113,7 +113,13 @@ class LigerLossMixin(MemoryAdvice):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _adapters_allowed_on_heads(type(self)):
             super().__init__(*args, **kwargs)
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Replace the loss, once: when TRL's ``__init__`` is through, or inside it, before it scores anything."""
         trainer: Any = self
+        if hasattr(self, "uses_liger_loss"):
+            return
         asked = trainer.args.use_liger if isinstance(trainer.args, LigerArguments) else True
         self.uses_liger_loss = asked and not disabled()
         if not self.uses_liger_loss:

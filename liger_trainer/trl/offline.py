@@ -92,8 +92,15 @@ class LigerSFTTrainer(LigerLossMixin, SFTTrainer):
             trainer.label_smoother = smoother
 
 
-class _OneForwardForOutputs(LigerLossMixin):
-    """``return_outputs`` from the forward that the loss is of, with logits that are built when something reads them."""
+class _BesideReference(LigerLossMixin):
+    """What DPO and KTO have in common: a reference whose log-probabilities TRL's ``__init__`` may compute beforehand.
+
+    ``return_outputs`` comes from the forward that the loss is of, with logits that are built when something reads them.
+    """
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        self.take_over()
+        return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(
         self,
@@ -112,7 +119,7 @@ class LigerDPOConfig(LigerTRLArguments, DPOConfig):
     """``trl.DPOConfig`` with :class:`LigerTRLArguments`' fields."""
 
 
-class LigerDPOTrainer(_OneForwardForOutputs, DPOTrainer):
+class LigerDPOTrainer(_BesideReference, DPOTrainer):
     """``trl.DPOTrainer`` on liger_trainer's kernels; see :class:`LigerLossMixin`."""
 
 
@@ -121,5 +128,5 @@ class LigerKTOConfig(LigerTRLArguments, KTOConfig):
     """``trl.KTOConfig`` with :class:`LigerTRLArguments`' fields."""
 
 
-class LigerKTOTrainer(_OneForwardForOutputs, KTOTrainer):
+class LigerKTOTrainer(_BesideReference, KTOTrainer):
     """``trl.KTOTrainer`` on liger_trainer's kernels; see :class:`LigerLossMixin`."""

@@ -130,7 +130,7 @@ TRAINERS = {
         DistillationTrainer,
         DistillationConfig,
         prompts,
-        {"max_completion_length": 6, "temperature": 0.9, "learning_rate": 1e-3},
+        {"max_completion_length": 6, "temperature": 0.9, "learning_rate": 1e-3, "per_device_eval_batch_size": 4},
         _teacher,
     ),
 }
@@ -266,7 +266,7 @@ FEATURES = {
             "compute_metrics": chosen_class,
             "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
         },
-        only=("SFT", "DPO", "KTO", "GKD"),
+        only=("SFT", "GKD"),
         evaluates=True,
     ),
     "return-outputs": Feature("`return_outputs=True`", only=WITH_METRICS, outputs=True, logits=True),
@@ -316,8 +316,16 @@ def _of_outputs(outputs: Any) -> Any:
     return outputs.logits.detach().to(torch.float64)
 
 
-def _train(cls: type, config: type, trainer: Trainer, feature: Feature, folder: Path, options: dict[str, Any]) -> Any:
-    """A trained trainer, with ``seen``: what it evaluated and returned."""
+def _train(
+    cls: type,
+    config: type,
+    trainer: Trainer,
+    feature: Feature,
+    folder: Path,
+    options: dict[str, Any],
+    constructed: Callable[[Any], None],
+) -> Any:
+    """A trained trainer, with ``seen``: what it returned. ``constructed`` is called when it is made."""
     torch.manual_seed(0)
     processing = tokenizer(chat=trainer.data is chats)
     data = trainer.data()
@@ -327,22 +335,24 @@ def _train(cls: type, config: type, trainer: Trainer, feature: Feature, folder: 
         if not path.exists():
             model.save_pretrained(path)
         model = str(path)
+    options_of_trainer: dict[str, Any] = {
+        **({"eval_dataset": copy.deepcopy(data).select(range(8))} if feature.evaluates else {}),
+        **({} if feature.peft and trainer.extra is _reference else trainer.extra(feature.model)),
+        **({"peft_config": feature.peft()} if feature.peft else {}),
+        **feature.extra,
+    }
     made = cls(
         model=model,
         args=arguments(config, folder, **options),
         train_dataset=copy.deepcopy(data),
         processing_class=processing,
-        **({"eval_dataset": copy.deepcopy(data).select(range(8))} if feature.evaluates else {}),
-        **({} if feature.peft and trainer.extra is _reference else trainer.extra(feature.model)),
-        **({"peft_config": feature.peft()} if feature.peft else {}),
-        **feature.extra,
+        **options_of_trainer,
     )
+    constructed(made)
     made.train()
-    made.seen = {}
     if feature.evaluates:
-        made.seen = {
-            name: value for name, value in made.evaluate().items() if "time" not in name and "per_" not in name
-        }
+        made.evaluate()  # which logs
+    made.seen = {}
     if feature.outputs:
         batch = made._prepare_inputs(next(iter(made.get_train_dataloader())))
         made.model.eval()
@@ -366,18 +376,19 @@ def run(trainer_name: str, feature_name: str) -> Result:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            theirs = _train(stock, trainer.config, trainer, feature, Path(folder), theirs_only)
+            theirs = _train(stock, trainer.config, trainer, feature, Path(folder), theirs_only, lambda made: None)
         except Exception as error:
             theirs = error
         config = getattr(ours, f"Liger{trainer.ours}Config")
         cls = getattr(ours, f"Liger{trainer.ours}Trainer")
+        made: list[Any] = []
         try:
             sampled = 4 * options.get("gradient_accumulation_steps", 1) if trainer.samples else 0  # answers at a time
             rows = max(TILE_ROWS, sampled)
             with counted_tiles() as tiles, wide_tensors(VOCAB, rows=rows, hidden_size=HIDDEN) as found:
-                mine = _train(cls, config, trainer, feature, Path(folder), options)
+                mine = _train(cls, config, trainer, feature, Path(folder), options, made.append)
         except Exception as error:
-            if isinstance(theirs, Exception):
+            if isinstance(theirs, Exception) and not made:
                 return Result(trainer_name, feature_name, "refused", _words(error))
             traceback.print_exc()
             return Result(trainer_name, feature_name, "different", f"ours raises {_words(error)}")
@@ -387,8 +398,6 @@ def run(trainer_name: str, feature_name: str) -> Result:
     # The weight of an adapted head or of a teacher's, transposed, is no logits.
     widths = {(HIDDEN + more, VOCAB) for more in (0, 4, HIDDEN)} | {(48, VOCAB)}
     wide = [shape for _, shape in found if shape[-2:] not in widths]
-    if feature_name == "least-memory":  # whose tiles are of classes: all rows, some columns
-        wide = []
     outcome, words = "same", deviation(mine, theirs)
     if words:
         outcome = "different"

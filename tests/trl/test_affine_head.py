@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, TaskType, get_peft_model
+from quantised_heads import Int8Activations, Int8Head
 from tiny_models import HIDDEN, VOCAB, tiny_llama
 from torch import nn
 from torch.nn import functional as F
@@ -12,29 +13,6 @@ from torch.nn import functional as F
 from liger_trainer.trl.affine_head import reason_against, serving_module, stacked
 
 TOKENS = {"lm_head": [5, 17, 200]}
-
-
-class Int8Head(nn.Module):
-    """A weight in int8 with a scale a row, dequantised in the forward."""
-
-    def __init__(self, linear: nn.Linear, bias: bool = False) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scale", scale)
-        self.register_buffer("rounded", (linear.weight.detach() / scale).round().to(torch.int8))
-        self.bias = nn.Parameter(torch.randn(linear.out_features)) if bias else None
-
-    def forward(self, x):
-        return F.linear(x, self.rounded.to(x.dtype) * self.scale.to(x.dtype), self.bias)
-
-
-class Int8Activations(Int8Head):
-    """The inputs are rounded too: no product with any weight."""
-
-    def forward(self, x):
-        scale = x.abs().amax(-1, keepdim=True) / 7
-        return super().forward((x / scale).round() * scale)
 
 
 def lora(**options):
@@ -56,12 +34,10 @@ HEADS = {
 }
 
 
-def make_head(name: str, bias: bool = False, head: nn.Module | None = None) -> nn.Module:
+def make_head(name: str, bias: bool = False) -> nn.Module:
     model = tiny_llama()
     if bias:
         model.lm_head = nn.Linear(HIDDEN, VOCAB)
-    if head is not None:
-        model.lm_head = head
     config = HEADS[name]
     model.train()
     if config is not None:
@@ -119,7 +95,9 @@ def test_adapters_switched_off_and_merged(name):
 def test_quantised_heads(bias):
     linear = nn.Linear(HIDDEN, VOCAB)
     check(Int8Head(linear, bias))
-    check(make_head("lora", head=linear))
+    adapted = make_head("lora")
+    adapted.base_layer = Int8Head(linear, bias)
+    check(adapted)
 
 
 def test_two_adapters_in_force():

@@ -9,6 +9,7 @@ import torch
 from beside_trl import arguments, assert_same_run, chats, pairs, run_beside, slow, tokenizer
 from on_logits import on_logits
 from peft import LoraConfig, PromptTuningConfig, TaskType
+from quantised_heads import Int8Head
 from tiny_models import HIDDEN, VOCAB, tiny_llama
 from torch import nn
 from transformers import (
@@ -139,6 +140,22 @@ def test_dpo_with_an_adapter_on_the_head(tmp_path):
         trainer_options=lambda: adapter({"target_modules": ["q_proj", "lm_head"]}),
         transposed_width=32 + 4,
     )
+
+
+def quantised():
+    model = tiny_llama()
+    model.lm_head = Int8Head(model.lm_head)
+    return model
+
+
+def test_orpo_with_a_quantised_head(tmp_path):
+    run_beside(*ORPO, pairs(), tmp_path, model=quantised, max_length=16)
+
+
+@slow
+def test_dpo_with_a_quantised_head(tmp_path):
+    trainers = LigerDPOTrainer, on_logits(DPOTrainer)
+    run_beside(trainers, DPO[1], pairs(), tmp_path, model=quantised, trainer_options=lambda: {"ref_model": quantised()})
 
 
 def test_without_our_loss_an_adapter_on_the_head_is_refused_as_by_trl(tmp_path):
