@@ -19,7 +19,18 @@ __all__ = ["LazyLogits", "settle"]
 
 _METADATA = frozenset(
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_meta")
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "requires_grad",
+        "layout",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_nested",
+    )
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 
 _RECORDED = frozenset(
