@@ -221,7 +221,8 @@ def install(
         given = {name: value for name, value in given.items() if value is not None}
         plain = not fused_lm_head and logits_to is None
         tokens: Any = kwargs.get("input_ids", args[0] if args else None)
-        sharing = _SHARING[-1] if _SHARING and tokens is not None and not (plain and given) else None
+        shares = _SHARING and tokens is not None and not (plain and given) and not torch.compiler.is_compiling()
+        sharing = _SHARING[-1] if shares else None
         if plain and sharing is None:
             return before(*args, **given, **kwargs)
         kwargs["use_cache"] = False
