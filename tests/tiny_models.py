@@ -16,26 +16,24 @@ VOCAB = 211  # a prime that is no other dimension of the model
 HIDDEN = 32
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+
+
 def tiny_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **{
-                "vocab_size": VOCAB,
-                "hidden_size": HIDDEN,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 64,
-                "pad_token_id": 0,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-                "initializer_range": 0.2,
-            }
-            | config
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, **config}))
 
 
 def sequences(count: int = 16, length: int = 13, seed: int = 1) -> list[dict[str, torch.Tensor]]:

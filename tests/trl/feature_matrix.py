@@ -34,7 +34,7 @@ from beside_trl import TILE_ROWS, arguments, chats, deviation, pairs, tokenizer,
 from datasets import Dataset
 from on_logits import on_logits
 from peft import LoraConfig, PromptTuningConfig, TaskType
-from tiny_models import HIDDEN, VOCAB, sequences, tiny_llama
+from tiny_models import HIDDEN, TINY, VOCAB, sequences, tiny_llama
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -135,25 +135,11 @@ TRAINERS = {
     ),
 }
 
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-}
-
 
 def built(cls: type, config: type, **options: Any) -> Callable[[int], Any]:
     def make(seed: int = 0) -> Any:
         torch.manual_seed(seed)
-        return cls(config(**{**SMALL, **options}))
+        return cls(config(**{**TINY, **options}))
 
     return make
 
