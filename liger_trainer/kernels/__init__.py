@@ -4,6 +4,7 @@ They know nothing of transformers or TRL and serve any PyTorch loop.
 """
 
 from ._force_torch import force_from_environment, use_torch
+from ._vocabulary import VocabularyShard
 from .add_rms_norm import add_rms_norm, rms_norm_and_residual
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .divergence import jsd, kl_div
@@ -20,6 +21,7 @@ __all__ = [
     "CrossEntropyOutput",
     "JSDOutput",
     "LogProbs",
+    "VocabularyShard",
     "add_rms_norm",
     "cross_entropy",
     "geglu",

@@ -40,6 +40,10 @@ class RowStatistics(NamedTuple):
     mean_logits: Tensor | None = None  # (N,)
     log_sum_sq_probs: Tensor | None = None  # (N,)
     top1: Tensor | None = None  # (N,) bool
+    # Of logits that are a part of all classes; log_probs is then the label's z, or inf where another part has it, and
+    # mean_logits the part's share in the mean over all classes, each z times its class weight where there are some.
+    best: Tensor | None = None  # (N,) the largest z
+    best_class: Tensor | None = None  # (N,) the first class that has it
 
 
 class RowUpstream(NamedTuple):
@@ -65,13 +69,16 @@ def _log_prob_kernel(
     mean_ptr,  # (N,) out, or None
     squares_ptr,  # (N,) out, or in where KNOWN, or None
     top1_ptr,  # (N,) out, or None
+    best_ptr,  # (N,) out, or None
+    best_class_ptr,  # (N,) out, or None
+    class_weights_ptr,  # (V,), of all classes, or None; where PART
     log_prob_upstream_ptr,  # (N,), or None for 0; without any of the four, 1
     entropy_upstream_ptr,
     mean_upstream_ptr,
     squares_upstream_ptr,
     scale_ptr,  # scalar, or None for 1
     n_classes,  # of the logits
-    n_all_classes,  # of which they may be a part, where KNOWN
+    n_all_classes,  # of which they may be a part, where KNOWN or PART
     first_class,
     ignore_index,
     inner,
@@ -79,6 +86,7 @@ def _log_prob_kernel(
     gradient_scale,
     SOFTCAP: tl.constexpr,
     KNOWN: tl.constexpr,
+    PART: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     LANE: tl.constexpr,
@@ -102,11 +110,14 @@ def _log_prob_kernel(
                 tl.store(gradient_ptr + columns, zeros, mask=columns < n_classes)
         return
 
-    in_range = (label >= 0) & (label < n_classes)
+    in_range = (label >= 0) & (label < n_all_classes)
+    here = in_range & (label >= first_class) & (label < first_class + n_classes)
     if KNOWN:  # a label outside has made lse NaN
         label_column = (label - first_class).to(tl.int32)
     else:
-        label_column = tl.where(in_range, label, 0).to(tl.int32)
+        label_column = tl.where(here, label - first_class, 0).to(tl.int32)
+    if class_weights_ptr is not None:
+        class_weights_ptr += first_class
     n_whole = n_classes - n_classes % BLOCK  # the blocks that need no mask
     if KNOWN:
         lse = tl.load(lse_ptr + row)
@@ -122,15 +133,17 @@ def _log_prob_kernel(
         best_column = 0
         for start in range(0, n_whole, BLOCK):
             maximum, total, z_sum, moment, squares, best, best_column = _statistics_of_block(
-                maximum, total, z_sum, moment, squares, best, best_column, logits_ptr, None, start, n_classes, inner,
-                outer, SOFTCAP, mean_ptr is not None, entropy_ptr is not None, squares_ptr is not None,
-                top1_ptr is not None, False, first_policy, BLOCK, LANE,
+                maximum, total, z_sum, moment, squares, best, best_column, logits_ptr, class_weights_ptr, start,
+                n_classes, inner, outer, SOFTCAP, mean_ptr is not None, entropy_ptr is not None,
+                squares_ptr is not None, top1_ptr is not None or best_ptr is not None, False, first_policy, BLOCK,
+                LANE,
             )  # fmt: skip
         if n_whole < n_classes:
             maximum, total, z_sum, moment, squares, best, best_column = _statistics_of_block(
-                maximum, total, z_sum, moment, squares, best, best_column, logits_ptr, None, n_whole, n_classes, inner,
-                outer, SOFTCAP, mean_ptr is not None, entropy_ptr is not None, squares_ptr is not None,
-                top1_ptr is not None, True, first_policy, BLOCK, LANE,
+                maximum, total, z_sum, moment, squares, best, best_column, logits_ptr, class_weights_ptr, n_whole,
+                n_classes, inner, outer, SOFTCAP, mean_ptr is not None, entropy_ptr is not None,
+                squares_ptr is not None, top1_ptr is not None or best_ptr is not None, True, first_policy, BLOCK,
+                LANE,
             )  # fmt: skip
         row_maximum = tl.max(maximum, 0)
         shift = tl.where(row_maximum == float("-inf"), 0.0, row_maximum)
@@ -139,18 +152,24 @@ def _log_prob_kernel(
         lse2 = row_maximum + tl.log2(row_total)
         nan = tl.where(in_range, 0.0, float("nan"))
         lse = 0.6931471805599453 * lse2 + nan
-        tl.store(log_probs_ptr + row, 0.6931471805599453 * (label_z - lse2) + nan)
+        if PART:
+            tl.store(log_probs_ptr + row, tl.where(here, 0.6931471805599453 * label_z, float("inf")) + nan)
+        else:
+            tl.store(log_probs_ptr + row, 0.6931471805599453 * (label_z - lse2) + nan)
         tl.store(lse_ptr + row, lse)
         if entropy_ptr is not None:
             expected_z = tl.sum(moment * rescale, 0) / row_total
             tl.store(entropy_ptr + row, 0.6931471805599453 * (lse2 - expected_z) + nan)
         if mean_ptr is not None:
-            tl.store(mean_ptr + row, 0.6931471805599453 * tl.sum(z_sum, 0) / n_classes + nan)
+            tl.store(mean_ptr + row, 0.6931471805599453 * tl.sum(z_sum, 0) / n_all_classes + nan)
         if squares_ptr is not None:
             row_squares = tl.sum(squares * rescale * rescale, 0)
             tl.store(squares_ptr + row, 0.6931471805599453 * (tl.log2(row_squares) - 2.0 * tl.log2(row_total)) + nan)
         if top1_ptr is not None:
             tl.store(top1_ptr + row, (best_column == label_column) & in_range)
+        if best_ptr is not None:
+            tl.store(best_ptr + row, 0.6931471805599453 * best)
+            tl.store(best_class_ptr + row, (first_class + best_column).to(best_class_ptr.dtype.element_ty))
 
     if gradient_ptr is not None:
         factor = tl.full((), gradient_scale, tl.float32)
@@ -211,8 +230,10 @@ def _log_prob_reference(
     rows: Tensor | None,
     gradient: Tensor | None,
     known: bool,
+    part: bool,
     first_class: int,
     n_all_classes: int,
+    class_weights: Tensor | None,
     scale: Tensor | None,
     gradient_scale: float,
 ) -> None:
@@ -235,8 +256,12 @@ def _log_prob_reference(
     lse = statistics.lse[index] if known else torch.logsumexp(z, 1)
     if not known:
         write(statistics.lse, lse)
-        write(statistics.log_probs, z.gather(1, safe).squeeze(1) - lse)
-        write(statistics.mean_logits, z.mean(1))
+        label_z = z.gather(1, safe).squeeze(1)
+        write(statistics.log_probs, torch.where(here, label_z, torch.inf) if part else label_z - lse)
+        if statistics.mean_logits is not None:
+            of_part = slice(first_class, first_class + logits.shape[1])
+            weighted = z if class_weights is None else z * class_weights[of_part].to(dtype)
+            write(statistics.mean_logits, weighted.sum(1) / n_all_classes)
         if statistics.entropy is not None:
             probabilities = torch.sub(z, lse.unsqueeze(1)).exp_()
             write(statistics.entropy, lse - probabilities.mul_(z.masked_fill(z == -torch.inf, 0)).sum(1))
@@ -244,6 +269,9 @@ def _log_prob_reference(
             write(statistics.log_sum_sq_probs, torch.logsumexp(2 * z, 1) - 2 * lse)
         if statistics.top1 is not None:
             statistics.top1[index] = valid & ~outside & (z.argmax(1) == safe.squeeze(1))
+        if statistics.best is not None and statistics.best_class is not None:
+            write(statistics.best, z.amax(1))
+            write(statistics.best_class, (z.argmax(1) + first_class).to(statistics.best_class.dtype))
     if gradient is None:
         return
     factor = torch.full((), gradient_scale, dtype=dtype, device=logits.device)
@@ -286,9 +314,11 @@ def log_prob_rows(
     rows: Tensor | None = None,  # (R,) int64
     gradient: Tensor | None = None,  # (R, V) out; may be logits
     known: bool = False,
+    part: bool = False,
     upstream: RowUpstream | None = None,
     first_class: int = 0,
     n_all_classes: int | None = None,
+    class_weights: Tensor | None = None,  # (V,), of all classes
     scale: Tensor | None = None,  # ()
     gradient_scale: float = 1.0,
     use_kernel: bool,
@@ -298,10 +328,12 @@ def log_prob_rows(
     Rows whose label is ``ignore_index`` leave the statistics as they are and get a zero gradient; rows whose label lies
     outside [0, V) get NaN. The gradient is that of the statistics under ``upstream`` (None: of the log-probabilities'
     sum) times ``gradient_scale`` and ``scale``. Where the statistics are known, the logits may be those of some of
-    ``n_all_classes`` classes, from ``first_class`` on.
+    ``n_all_classes`` classes, from ``first_class`` on; so they may with ``part``, which writes what
+    :class:`RowStatistics` says of parts and takes ``class_weights``, but no gradient.
     """
     if logits.numel() == 0:
         return
+    assert not part or (gradient is None and not known)
     n_all_classes = logits.shape[1] if n_all_classes is None else n_all_classes
     if not use_kernel or logits.dtype == torch.float64:
         _log_prob_reference(
@@ -313,8 +345,10 @@ def log_prob_rows(
             rows=rows,
             gradient=gradient,
             known=known,
+            part=part,
             first_class=first_class,
             n_all_classes=n_all_classes,
+            class_weights=class_weights,
             scale=scale,
             gradient_scale=gradient_scale,
         )
@@ -338,6 +372,8 @@ def log_prob_rows(
             None if known else statistics.mean_logits,
             statistics.log_sum_sq_probs,
             None if known else statistics.top1,
+            *((None, None) if known else statistics[6:]),
+            None if class_weights is None else class_weights.contiguous(),
             *upstreams,
             scale,
             n_classes,
@@ -348,6 +384,6 @@ def log_prob_rows(
             spec.outer,
             gradient_scale,
         ),
-        (spec.outer != 0, known, upstream is None, block, 16 // logits.itemsize),
+        (spec.outer != 0, known, part, upstream is None, block, 16 // logits.itemsize),
         num_warps=warps,
     )

@@ -30,7 +30,7 @@ from ._dtypes import accumulation_dtype
 from ._launch import launch
 from ._triton import tl, triton
 
-__all__ = ["RowLoss", "softmax_loss_rows"]
+__all__ = ["RowLoss", "loss_of_rows", "softmax_loss_rows"]
 
 
 class RowLoss(NamedTuple):
@@ -197,14 +197,16 @@ def _softmax_loss_kernel(
     labels_ptr,  # (N,)
     rows_ptr,  # (R,) the row of the (N,) arrays that a row of logits stands for, or None where they are the same
     token_weights_ptr,  # (N,) or None
-    class_weights_ptr,  # (V,) or None
+    class_weights_ptr,  # (V,), of all classes, or None
     token_loss_ptr,  # (N,) out, or None where lse is known
     lse_ptr,  # (N,) out, or in where KNOWN_LSE
     predicted_ptr,  # (N,) out, or None
     upstream_ptr,  # scalar or (N,), or None for 1
     upstream_stride,
     scale_ptr,  # scalar, or None for 1
-    n_classes,
+    n_classes,  # of the logits
+    n_all_classes,  # of which they may be a part, where KNOWN_LSE
+    first_class,
     ignore_index,
     inner,
     outer,
@@ -243,10 +245,10 @@ def _softmax_loss_kernel(
                 tl.store(gradient_ptr + columns, zeros, mask=columns < n_classes)
         return
 
-    in_range = (label >= 0) & (label < n_classes)
+    in_range = (label >= 0) & (label < n_all_classes)
     safe_label = tl.where(in_range, label, 0)
     label_weight = 1.0
-    total_class_weight = n_classes * 1.0
+    total_class_weight = n_all_classes * 1.0
     token_weight = 1.0
     if class_weights_ptr is not None:
         label_weight = tl.load(class_weights_ptr + safe_label).to(tl.float32)
@@ -254,16 +256,18 @@ def _softmax_loss_kernel(
         token_weight = tl.load(token_weights_ptr + row).to(tl.float32)
     if class_weights_ptr is not None and SMOOTHING:
         class_weight_sums = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, n_classes, BLOCK):
+        for start in range(0, n_all_classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            class_weight_sums += tl.load(class_weights_ptr + columns, mask=columns < n_classes, other=0.0).to(
+            class_weight_sums += tl.load(class_weights_ptr + columns, mask=columns < n_all_classes, other=0.0).to(
                 tl.float32
             )
         total_class_weight = tl.sum(class_weight_sums, 0)
+    if class_weights_ptr is not None:
+        class_weights_ptr += first_class
 
-    # Loaded before any gradient is written in the logits' place.
-    label_z, _label_slope = _transform(tl.load(logits_ptr + safe_label).to(tl.float32), inner, outer, SOFTCAP)
-    label_z *= 0.6931471805599453
+    if not KNOWN_LSE or TOKEN_SCALING:  # loaded before any gradient is written in the logits' place
+        label_z, _label_slope = _transform(tl.load(logits_ptr + safe_label).to(tl.float32), inner, outer, SOFTCAP)
+        label_z *= 0.6931471805599453
     n_whole = n_classes - n_classes % BLOCK  # the blocks that need no mask
     if KNOWN_LSE:
         lse = tl.load(lse_ptr + row)
@@ -297,7 +301,7 @@ def _softmax_loss_kernel(
     if not KNOWN_LSE:
         loss = (1.0 - smoothing) * label_weight * (lse - label_z) + z_loss * lse * lse
         if SMOOTHING:
-            loss += smoothing / n_classes * (total_class_weight * lse - 0.6931471805599453 * tl.sum(weighted_z, 0))
+            loss += smoothing / n_all_classes * (total_class_weight * lse - 0.6931471805599453 * tl.sum(weighted_z, 0))
         tl.store(token_loss_ptr + row, scaled_weight * loss)
         tl.store(lse_ptr + row, lse)
         if predicted_ptr is not None:
@@ -310,7 +314,7 @@ def _softmax_loss_kernel(
         if scale_ptr is not None:
             factor *= tl.load(scale_ptr).to(tl.float32)
         hit = factor * (1.0 - smoothing) * label_weight
-        spread = factor * smoothing / n_classes
+        spread = factor * smoothing / n_all_classes
         probability_factor = hit + spread * total_class_weight + factor * 2.0 * z_loss * lse
         # A soft-cap's slope is multiplied in element by element, times log2(e); otherwise it is one number.
         slope = inner
@@ -319,7 +323,7 @@ def _softmax_loss_kernel(
         hit *= slope
         spread *= slope
         probability_factor *= slope
-        label_column = safe_label.to(tl.int32)
+        label_column = (safe_label - first_class).to(tl.int32)  # outside of the blocks where it is another part's
         lse *= 1.4426950408889634
         for start in range(0, n_whole, BLOCK):
             if (label_column >= start) & (label_column < start + BLOCK):
@@ -342,6 +346,21 @@ def _softmax_loss_kernel(
             )  # fmt: skip
 
 
+def loss_of_rows(
+    spec: RowLoss,
+    lse: Tensor,  # (R,)
+    label_z: Tensor,  # (R,)
+    mean_z: Tensor,  # (R,) sum_c w_c * z_c / V, or anything without label smoothing
+    label_weight: Tensor | float,  # (R,)
+    mean_weight: Tensor | float,  # () sum_c w_c / V
+) -> Tensor:
+    """(R,) the rows' losses by the formula above, but for the token's weight."""
+    loss = (1 - spec.label_smoothing) * label_weight * (lse - label_z) + spec.z_loss * lse.square()
+    if spec.label_smoothing:
+        loss = loss + spec.label_smoothing * (mean_weight * lse - mean_z)
+    return loss
+
+
 def _softmax_loss_reference(
     logits: Tensor,
     labels: Tensor,
@@ -356,16 +375,20 @@ def _softmax_loss_reference(
     gradient: Tensor | None,
     known_lse: bool,
     upstream: Tensor | None,
+    first_class: int,
+    n_all_classes: int,
     scale: Tensor | None,
     gradient_scale: float,
 ) -> None:
     index = slice(None) if rows is None else rows
     labels = labels[index]
     valid = labels != spec.ignore_index
-    outside = valid & ((labels < 0) | (labels >= logits.shape[1]))
-    safe = torch.where(valid & ~outside, labels, 0).unsqueeze(1)
+    outside = valid & ((labels < 0) | (labels >= n_all_classes))
+    safe_label = torch.where(valid & ~outside, labels, 0)
+    column = safe_label - first_class
+    here = (column >= 0) & (column < logits.shape[1])
+    safe = torch.where(here, column, 0).unsqueeze(1)
     dtype = accumulation_dtype(logits.dtype)
-    n_classes = logits.shape[1]
     if spec.outer:
         tanh = torch.tanh(logits.to(dtype) * spec.inner)
         z = tanh * spec.outer
@@ -373,18 +396,17 @@ def _softmax_loss_reference(
         z = logits.to(dtype) * spec.inner
 
     one = torch.ones((), dtype=dtype, device=logits.device)
-    classes = one.expand(n_classes) if class_weights is None else class_weights.to(dtype)
-    label_weight = classes[safe.squeeze(1)]
+    all_classes = one.expand(n_all_classes) if class_weights is None else class_weights.to(dtype)
+    classes = all_classes[first_class : first_class + logits.shape[1]]
+    label_weight = all_classes[safe_label]
     token_weight = one if token_weights is None else token_weights[index].to(dtype)
     label_z = z.gather(1, safe).squeeze(1)
     row_lse = lse[index] if known_lse else torch.logsumexp(z, 1).masked_fill(outside, torch.nan)
     scaled_weight = token_weight * (label_z - row_lse).exp() if spec.token_scaling else token_weight
     if not known_lse:
         assert token_loss is not None
-        loss = (1 - spec.label_smoothing) * label_weight * (row_lse - label_z)
-        loss = loss + spec.z_loss * row_lse.square()
-        if spec.label_smoothing:
-            loss = loss + spec.label_smoothing / n_classes * (classes.sum() * row_lse - z @ classes)
+        mean_z = z @ classes / n_all_classes if spec.label_smoothing else one
+        loss = loss_of_rows(spec, row_lse, label_z, mean_z, label_weight, all_classes.mean())
         token_loss[index] = torch.where(valid, scaled_weight * loss, 0)
         lse[index] = torch.where(valid, row_lse, 0)
         if predicted is not None:
@@ -398,12 +420,12 @@ def _softmax_loss_reference(
         factor = factor * scale
     factor = factor.expand(len(labels))
     hit = factor * (1 - spec.label_smoothing) * label_weight
-    spread = factor * spec.label_smoothing / n_classes
-    probability_factor = hit + spread * classes.sum() + factor * 2 * spec.z_loss * row_lse
+    spread = factor * spec.label_smoothing / n_all_classes
+    probability_factor = hit + spread * all_classes.sum() + factor * 2 * spec.z_loss * row_lse
     dz = torch.sub(z, row_lse.unsqueeze(1)).exp_().mul_(probability_factor.unsqueeze(1))
     if spec.label_smoothing:
         dz.addcmul_(spread.unsqueeze(1), classes, value=-1)
-    dz.scatter_add_(1, safe, -hit.unsqueeze(1))
+    dz.scatter_add_(1, safe, -torch.where(here, hit, 0).unsqueeze(1))
     if spec.outer:
         dz.mul_(tanh.square_().neg_().add_(1)).mul_(spec.inner * spec.outer)
     else:
@@ -433,13 +455,15 @@ def softmax_loss_rows(
     *,
     rows: Tensor | None = None,  # (R,) int64
     token_weights: Tensor | None = None,  # (N,)
-    class_weights: Tensor | None = None,  # (V,)
+    class_weights: Tensor | None = None,  # (V,), of all classes
     token_loss: Tensor | None = None,  # (N,) out
     lse: Tensor,  # (N,) out, or in
     predicted: Tensor | None = None,  # (N,) int64 out
     gradient: Tensor | None = None,  # (R, V) out; may be logits
     known_lse: bool = False,
     upstream: Tensor | None = None,  # () or (N,)
+    first_class: int = 0,
+    n_all_classes: int | None = None,
     scale: Tensor | None = None,  # ()
     gradient_scale: float = 1.0,
     use_kernel: bool,
@@ -447,10 +471,12 @@ def softmax_loss_rows(
     """Write each row's loss, log-sum-exp and, where a buffer is given for it, gradient of its logits.
 
     Rows whose label is ``ignore_index`` get zeros; rows whose label lies outside [0, V) get NaN and read nothing
-    outside the logits. The gradient is multiplied by ``gradient_scale``, ``upstream`` and ``scale``.
+    outside the logits. The gradient is multiplied by ``gradient_scale``, ``upstream`` and ``scale``. Where lse is known
+    and without token scaling, the logits may be those of some of ``n_all_classes`` classes, from ``first_class`` on.
     """
     if logits.numel() == 0:
         return
+    n_all_classes = logits.shape[1] if n_all_classes is None else n_all_classes
     if not use_kernel or logits.dtype == torch.float64:
         _softmax_loss_reference(
             logits,
@@ -465,6 +491,8 @@ def softmax_loss_rows(
             gradient=gradient,
             known_lse=known_lse,
             upstream=upstream,
+            first_class=first_class,
+            n_all_classes=n_all_classes,
             scale=scale,
             gradient_scale=gradient_scale,
         )
@@ -494,6 +522,8 @@ def softmax_loss_rows(
             0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
             scale,
             n_classes,
+            n_all_classes,
+            first_class,
             *spec[:5],
             gradient_scale,
         ),

@@ -45,7 +45,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def plan(
     n_rows: int,
-    weight: Tensor,
+    shape: tuple[int, int],  # (V, H), the weight's
     dtype: torch.dtype,
     weight_gradient_dtype: torch.dtype | None,
     tile_bytes: int | None,
@@ -64,11 +64,12 @@ def plan(
     accumulated = accumulation_dtype(dtype).itemsize
     if weight_gradient_dtype is None or weight_gradient_dtype.itemsize >= accumulated:
         return (_TILE_BYTES if tile_bytes is None else tile_bytes) // n_heads, False
-    gradient_bytes = weight.numel() * weight_gradient_dtype.itemsize
+    numel = shape[0] * shape[1]
+    gradient_bytes = numel * weight_gradient_dtype.itemsize
     if tile_bytes is None:
         tile_bytes = max(gradient_bytes, _SMALL_TILE_BYTES)
-    most = weight.numel() * accumulated + max(gradient_bytes, tile_bytes)
-    return tile_bytes // n_heads, n_heads * n_rows * weight.shape[0] * itemsize + gradient_bytes <= most
+    most = numel * accumulated + max(gradient_bytes, tile_bytes)
+    return tile_bytes // n_heads, n_heads * n_rows * shape[0] * itemsize + gradient_bytes <= most
 
 
 def tiles(n_rows: int, n_classes: int, itemsize: int, tile_bytes: int) -> Iterator[tuple[int, int]]:
@@ -145,6 +146,8 @@ def accumulate_product(
     first: bool,
 ) -> None:
     """``total (+)= a b``, accumulated inside the product in total's dtype where that is the wider one."""
+    if total.numel() == 0:
+        return
     if a.dtype == total.dtype:
         if first:
             torch.mm(a, b, out=total)
@@ -304,18 +307,26 @@ def run_tiles(
     need: tuple[bool, bool, bool],
     kept: Kept | None = None,
     n_heads: int = 1,
+    plan_classes: int | None = None,
 ) -> HeadGradients:
     """Make logits a tile at a time, for the first ``n_valid`` rows of the permutation ``rows``, or for all in order.
 
     ``on_tile(logits, row_index, gradient)`` gets (R, V) logits, the (R,) rows that they belong to (None: all N in their
     order), and where a gradient is needed the buffer to write that of the logits to, which is the logits' own unless
     they were ``kept`` and must not be overwritten. ``n_heads`` is how many tiles of logits, this one included, are to
-    share ``tile_bytes``.
+    share ``tile_bytes``. ``plan_classes`` cuts the tiles as for a head of so many classes, at least V: ranks that
+    share a head meet at every tile, and must cut alike.
     """
     n_classes = weight.shape[0]
+    plan_classes = n_classes if plan_classes is None else plan_classes
     need_weight = need[1]
     tile_bytes, at_once = plan(
-        n_valid, weight, compute_dtype, weight_gradient_dtype if need_weight else None, tile_bytes, n_heads
+        n_valid,
+        (plan_classes, weight.shape[1]),
+        compute_dtype,
+        weight_gradient_dtype if need_weight else None,
+        tile_bytes,
+        n_heads,
     )
     weight = weight.to(compute_dtype)
     bias = None if bias is None else bias.to(compute_dtype)
@@ -323,7 +334,7 @@ def run_tiles(
     n_kept = 0 if kept is None else min(len(kept.logits), n_valid)
     ranges = [(0, n_kept)] if n_kept else []  # what is kept is one tile of its own
     if n_kept < n_valid:
-        cut = tiles(n_valid - n_kept, n_classes, compute_dtype.itemsize, tile_bytes)
+        cut = tiles(n_valid - n_kept, plan_classes, compute_dtype.itemsize, tile_bytes)
         ranges += [(n_kept, n_valid)] if at_once else [(n_kept + start, n_kept + end) for start, end in cut]
     at_once = len(ranges) == 1 and (at_once or n_kept > 0)
     weight_dtype = weight_gradient_dtype if at_once else accumulation_dtype(compute_dtype)
@@ -396,7 +407,8 @@ def run_class_tiles(
     elif n_valid < len(hidden):
         row_index = torch.arange(n_valid, device=hidden.device)
     x = (hidden if row_index is None else hidden.index_select(0, row_index)).to(compute_dtype)
-    total = torch.empty(x.shape if gradients.need_hidden else (0,), dtype=wide, device=hidden.device)
+    make = torch.empty if n_classes else torch.zeros
+    total = make(x.shape if gradients.need_hidden else (0,), dtype=wide, device=hidden.device)
     buffer: Tensor | None = None
     for start, end in tiles(n_classes, n_valid, compute_dtype.itemsize, tile_bytes) if n_valid else ():
         if buffer is None:

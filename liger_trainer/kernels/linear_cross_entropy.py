@@ -9,7 +9,6 @@ Liger-Kernel's (Hsu et al., 2024, https://arxiv.org/abs/2410.10989); Wijmans et 
 https://arxiv.org/abs/2411.09009) instead recompute every logit.
 """
 
-import functools
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -24,33 +23,16 @@ from ._checks import (
     check_same_device,
     check_vector,
 )
+from ._cross_entropy_tiles import FP16_GRADIENT_SCALE, tile_loss
 from ._dtypes import accumulation_dtype, gradient_dtype, products_dtype
 from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
 from ._reduction import loss_scale, row_weights
-from ._softmax_loss import RowLoss, softmax_loss_rows
+from ._softmax_loss import RowLoss
 from ._tiles import partition_rows, run_tiles, scaled, without_autocast
+from ._vocabulary import SHARD_SCHEMA, Part, VocabularyShard, local_head, replicated, sum_over_ranks
 from .cross_entropy import CrossEntropyOutput, gather_outputs
 
 __all__ = ["FP16_GRADIENT_SCALE", "finish", "linear_cross_entropy"]
-
-# In fp16 a probability of 1/V is subnormal, and 1/N of it is nothing: gradients of fp16 logits are kept times this, and
-# meet the loss's own factor in fp32, in the backward.
-FP16_GRADIENT_SCALE = 1024.0
-
-
-def _tile_loss(
-    logits: Tensor,
-    rows: Tensor | None,
-    gradient: Tensor | None,
-    *,
-    labels: Tensor,
-    scale: Tensor | None,
-    **options: Any,
-) -> None:
-    factor: dict[str, Any] = {"scale": scale}
-    if logits.dtype == torch.float16:
-        factor = {"gradient_scale": FP16_GRADIENT_SCALE}
-    softmax_loss_rows(logits, labels, rows=rows, gradient=gradient, **factor, **options)
 
 
 def _make_forward(use_kernel: bool) -> Any:
@@ -74,12 +56,17 @@ def _make_forward(use_kernel: bool) -> Any:
         tile_bytes: int | None,
         max_valid: int | None,
         predict: bool,
+        group: str | None,
+        first_class: int,
+        n_all_classes: int,
+        plan_classes: int,
         need_hidden: bool,
         need_weight: bool,
         need_bias: bool,
         weight_gradient_dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
         n = len(labels)
+        part = None if group is None else Part(group, first_class, n_all_classes)
         dtype = accumulation_dtype(compute_dtype)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         # Rows that are dropped keep these zeros; so do those that a bound which is too small would drop.
@@ -101,8 +88,8 @@ def _make_forward(use_kernel: bool) -> Any:
                 hidden,
                 weight,
                 bias,
-                functools.partial(
-                    _tile_loss,
+                tile_loss(
+                    part,
                     labels=labels,
                     spec=RowLoss(ignore_index, inner, outer, label_smoothing, z_loss, token_scaling),
                     token_weights=token_weights,
@@ -119,7 +106,9 @@ def _make_forward(use_kernel: bool) -> Any:
                 weight_gradient_dtype=weight_gradient_dtype,
                 tile_bytes=tile_bytes,
                 need=(need_hidden, need_weight, need_bias),
+                plan_classes=plan_classes,
             )
+            sum_over_ranks(gradients.hidden, part)
         if reduction == "none":
             # scale is NaN where the bound was too small, and so must be the loss of rows that were dropped wrongly.
             loss = torch.where(scale.isnan(), torch.nan, token_loss)
@@ -132,7 +121,8 @@ def _make_forward(use_kernel: bool) -> Any:
 
 def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
     reduction, compute_dtype = options[6], options[12]
-    predict, need_hidden, need_weight, need_bias, weight_gradient_dtype = options[15:]
+    predict = options[15]
+    need_hidden, need_weight, need_bias, weight_gradient_dtype = options[20:]
     dtype = accumulation_dtype(compute_dtype)
     rows = hidden.new_empty(labels.shape, dtype=dtype)
     scalar = rows.new_empty(())
@@ -186,19 +176,24 @@ def _make_rows_backward(use_kernel: bool) -> Any:
         compute_dtype: torch.dtype,
         tile_bytes: int | None,
         max_valid: int | None,
+        group: str | None,
+        first_class: int,
+        n_all_classes: int,
+        plan_classes: int,
         need_hidden: bool,
         need_weight: bool,
         need_bias: bool,
         weight_gradient_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        part = None if group is None else Part(group, first_class, n_all_classes)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         with without_autocast(hidden):
             gradients = run_tiles(
                 hidden,
                 weight,
                 bias,
-                functools.partial(
-                    _tile_loss,
+                tile_loss(
+                    part,
                     labels=labels,
                     spec=RowLoss(ignore_index, inner, outer, label_smoothing, z_loss, token_scaling),
                     token_weights=token_weights,
@@ -215,7 +210,9 @@ def _make_rows_backward(use_kernel: bool) -> Any:
                 weight_gradient_dtype=weight_gradient_dtype,
                 tile_bytes=tile_bytes,
                 need=(need_hidden, need_weight, need_bias),
+                plan_classes=plan_classes,
             )
+            sum_over_ranks(gradients.hidden, part)
         return gradients.hidden, gradients.weight, gradients.bias
 
     return backward
@@ -225,7 +222,7 @@ def _fake_rows_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute_dtype = options[11]
-    need_hidden, need_weight, need_bias, weight_gradient_dtype = options[14:]
+    need_hidden, need_weight, need_bias, weight_gradient_dtype = options[18:]
     dtype = accumulation_dtype(compute_dtype)
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
@@ -238,7 +235,10 @@ _TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? t
 _SPEC = "float inner, float outer, float label_smoothing, float z_loss, bool token_scaling"
 _ENGINE = "ScalarType compute_dtype, int? tile_bytes, SymInt? max_valid"
 _NEED = "bool need_hidden, bool need_weight, bool need_bias, ScalarType weight_gradient_dtype"
-_OPTIONS = f"Tensor? num_items, float? divisor, int ignore_index, str reduction, {_SPEC}, {_ENGINE}, bool predict"
+_OPTIONS = (
+    f"Tensor? num_items, float? divisor, int ignore_index, str reduction, {_SPEC}, {_ENGINE}, bool predict, "
+    + SHARD_SCHEMA
+)
 
 _forward = define(
     f"linear_cross_entropy_forward({_TENSORS}, {_OPTIONS}, {_NEED})"
@@ -262,7 +262,7 @@ _scale_gradient_ = define(
 )
 _rows_backward = define(
     f"linear_cross_entropy_rows_backward(Tensor upstream, {_TENSORS}, Tensor lse, Tensor scale, int ignore_index,"
-    f" {_SPEC}, {_ENGINE}, {_NEED}) -> (Tensor, Tensor, Tensor)",
+    f" {_SPEC}, {_ENGINE}, {SHARD_SCHEMA}, {_NEED}) -> (Tensor, Tensor, Tensor)",
     kernel=_make_rows_backward(True),
     reference=_make_rows_backward(False),
     fake=_fake_rows_backward,
@@ -301,6 +301,10 @@ class _Options(NamedTuple):
     tile_bytes: int | None
     max_valid: int | None
     predict: bool
+    group: str | None
+    first_class: int
+    n_all_classes: int
+    plan_classes: int
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -353,6 +357,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 options.compute_dtype,
                 options.tile_bytes,
                 options.max_valid,
+                *options[-4:],
                 *ctx.need,
             )
         else:
@@ -403,6 +408,7 @@ def linear_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     outputs: Collection[str] = (),
     check_labels: bool = False,
+    vocab_shard: VocabularyShard | None = None,
 ) -> Tensor | CrossEntropyOutput:
     """``cross_entropy(hidden @ weight.T + bias, labels)`` without ever building the logits.
 
@@ -443,20 +449,32 @@ def linear_cross_entropy(
         outputs: names among ``token_loss``, ``token_accuracy``, ``predicted_tokens``, ``z_loss`` to return besides the
             loss, none of which carries a gradient.
         check_labels: also check on an accelerator that the labels are in range, which waits for the device.
+        vocab_shard: where ``weight`` and ``bias`` are this rank's rows of a head that a process group holds together.
+            All its ranks call with the same hidden states, labels and options, and all get the same loss and the whole
+            gradient of hidden; each gets the gradient of its own rows. A ``DTensor`` weight with Shard(0) on a mesh of
+            one dimension (and such a bias) goes this way by itself, its hidden states being a DTensor on the same mesh
+            or a plain tensor that is equal on every rank. Communication: a gather of 2 numbers a token and tile (3 with
+            label smoothing, 2 more for predictions), and one sum of hidden's gradient. Rows whose labels differ between
+            ranks are NaN.
 
     Returns:
         The loss in fp32, () or the labels' shape, or a :class:`CrossEntropyOutput` when ``outputs`` names something.
 
     Raises:
         TypeError: for a dtype that is not as above, or labels that are not integers.
-        ValueError: for shapes that don't match, an option outside its range, tensors on different devices, and, on the
-            CPU or with ``check_labels``, a label outside [0, V). Elsewhere such a label makes the loss NaN.
+        ValueError: for shapes that don't match, an option outside its range, tensors on different devices, a DTensor
+            that is divided otherwise, and, on the CPU or with ``check_labels``, a label outside [0, V). Elsewhere such
+            a label makes the loss NaN.
         RuntimeError: in a double backward.
     """
     check_loss_options(reduction, label_smoothing, z_loss, softcap, temperature)
+    weight, bias, vocab_shard = local_head(weight, bias, vocab_shard)
+    if vocab_shard is not None:
+        hidden, labels = replicated(hidden), replicated(labels)
     check_head(hidden, weight, bias)
     check_head_labels(hidden, labels)
-    n_classes = weight.shape[0]
+    shard = (None, 0, weight.shape[0], weight.shape[0]) if vocab_shard is None else vocab_shard.arguments()
+    n_classes = shard[2]
     check_vector("class_weights", class_weights, n_classes, "a weight a row of weight")
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(
@@ -502,6 +520,7 @@ def linear_cross_entropy(
         tile_bytes,
         max_valid,
         predict,
+        *shard,
     )
     return gather_outputs(
         outputs,

@@ -29,6 +29,7 @@ from ._library import define, define_differentiable, graph_is_kept, refuse_doubl
 from ._log_prob_rows import RowStatistics, RowUpstream, log_prob_rows
 from ._softmax_loss import RowLoss
 from ._tiles import LEAST_TILE_BYTES, Kept, partition_rows, plan, run_class_tiles, run_tiles, without_autocast
+from ._vocabulary import SHARD_SCHEMA, Part, VocabularyShard, local_head, replicated, row_statistics, sum_over_ranks
 from .linear_cross_entropy import FP16_GRADIENT_SCALE, finish
 
 __all__ = ["LOG_PROB_OUTPUTS", "LogProbs", "linear_log_probs"]
@@ -69,9 +70,14 @@ def _make_forward(use_kernel: bool) -> Any:
         top1: bool,
         kept_rows: int,
         by_classes: bool,
+        group: str | None,
+        first_class: int,
+        n_all_classes: int,
+        plan_classes: int,
         need_hidden: bool,
     ) -> tuple[Tensor, ...]:
         n = len(labels)
+        part = None if group is None else Part(group, first_class, n_all_classes)
         dtype = accumulation_dtype(compute_dtype)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
 
@@ -88,6 +94,7 @@ def _make_forward(use_kernel: bool) -> Any:
                 bias,
                 functools.partial(
                     _on_tile,
+                    part=part,
                     labels=labels,
                     spec=RowLoss(ignore_index, inner, outer, 0.0, 0.0, False),
                     statistics=_wanted(written, wanted),
@@ -101,7 +108,9 @@ def _make_forward(use_kernel: bool) -> Any:
                 tile_bytes=tile_bytes,
                 need=(need_hidden, False, False),
                 kept=Kept(kept, known=False) if kept_rows else None,
+                plan_classes=plan_classes,
             )
+            sum_over_ranks(gradients.hidden, part)
         if max_valid is not None and max_valid < n:  # a bound that is too small must not pass unseen
             dropped = (labels != ignore_index).sum() > max_valid
             written[0].masked_fill_(dropped, torch.nan)
@@ -115,12 +124,49 @@ def _wanted(statistics: Sequence[Tensor], wanted: Sequence[bool]) -> RowStatisti
     return RowStatistics(*(each if flag else None for each, flag in zip(statistics, wanted)))  # type: ignore[arg-type]
 
 
-def _on_tile(logits: Tensor, rows: Tensor | None, gradient: Tensor | None, **options: Any) -> None:
-    log_prob_rows(logits, rows=rows, gradient=gradient, **options)
+def _on_tile(
+    logits: Tensor,
+    rows: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    part: Part | None,
+    labels: Tensor,
+    spec: RowLoss,
+    statistics: RowStatistics,
+    gradient_scale: float,
+    use_kernel: bool,
+) -> None:
+    options: dict[str, Any] = {"gradient": gradient, "gradient_scale": gradient_scale, "use_kernel": use_kernel}
+    if part is None:
+        log_prob_rows(logits, labels, spec, statistics, rows=rows, **options)
+        return
+    index = slice(None) if rows is None else rows
+    labels = labels[index]
+    _, entropy, mean_logits, squares, top1 = (each is not None for each in statistics[1:6])
+    _, joint = row_statistics(
+        logits,
+        labels,
+        spec,
+        part,
+        entropy=entropy,
+        mean_logits=mean_logits,
+        log_sum_sq_probs=squares,
+        best=top1,
+        use_kernel=use_kernel,
+    )
+    valid = labels != spec.ignore_index
+    if joint.best_class is not None:
+        joint = joint._replace(top1=joint.best_class == labels)
+    for out, values in zip(statistics[:6], joint[:6]):
+        if out is not None and values is not None:
+            out[index] = torch.where(valid, values, 0).to(out.dtype)
+    if gradient is not None:
+        parts: dict[str, Any] = {"first_class": part.first_class, "n_all_classes": part.n_all_classes}
+        log_prob_rows(logits, labels, spec, joint, known=True, **parts, **options)
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any) -> Any:
-    compute_dtype, wanted, (kept_rows, _, need_hidden) = options[3], options[6:10], options[10:]
+    compute_dtype, wanted, kept_rows, need_hidden = options[3], options[6:10], options[10], options[-1]
     dtype = accumulation_dtype(compute_dtype)
 
     def rows(flag: bool, dtype: torch.dtype = dtype) -> Tensor:
@@ -158,11 +204,16 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
         tile_bytes: int | None,
         max_valid: int | None,
         by_classes: bool,
+        group: str | None,
+        first_class: int,
+        n_all_classes: int,
+        plan_classes: int,
         need_hidden: bool,
         need_weight: bool,
         need_bias: bool,
         weight_gradient_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        own_first, part = first_class, None if group is None else Part(group, first_class, n_all_classes)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         known = (lse, lse, entropy, lse, log_sum_sq_probs)  # of which those with an upstream gradient are read
         wanted = (True, True, entropy_upstream is not None, False, squares_upstream is not None)
@@ -177,8 +228,8 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
                 gradient=gradient,
                 known=True,
                 upstream=RowUpstream(log_probs_upstream, entropy_upstream, mean_upstream, squares_upstream),
-                first_class=first_class,
-                n_all_classes=weight.shape[0],
+                first_class=own_first + first_class,
+                n_all_classes=n_all_classes,
                 scale=scale,
                 use_kernel=use_kernel,
             )
@@ -196,7 +247,8 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
                 gradients = run_class_tiles(hidden, weight, bias, on_tile, **engine)
             else:
                 keeps = Kept(kept, known=True, overwrite=in_place) if len(kept) else None
-                gradients = run_tiles(hidden, weight, bias, on_tile, **engine, kept=keeps)
+                gradients = run_tiles(hidden, weight, bias, on_tile, **engine, kept=keeps, plan_classes=plan_classes)
+            sum_over_ranks(gradients.hidden, part)
         return gradients.hidden, gradients.weight, gradients.bias
 
     return backward
@@ -205,7 +257,7 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = arguments[:2]
     compute_dtype = arguments[16]
-    need_hidden, need_weight, need_bias, weight_gradient_dtype = arguments[20:]
+    need_hidden, need_weight, need_bias, weight_gradient_dtype = arguments[24:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
         hidden.new_empty(weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
@@ -215,12 +267,15 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias"
 _OPTIONS = "int ignore_index, float inner, float outer, ScalarType compute_dtype, int? tile_bytes, SymInt? max_valid"
-_OUTPUTS = "bool entropy, bool mean_logits, bool log_sum_sq_probs, bool top1, SymInt kept_rows, bool by_classes"
+_OUTPUTS = (
+    "bool entropy, bool mean_logits, bool log_sum_sq_probs, bool top1, SymInt kept_rows, bool by_classes, "
+    + SHARD_SCHEMA
+)
 _BACKWARD = (
     f"({_TENSORS}, Tensor? log_probs_upstream, Tensor? entropy_upstream, Tensor? mean_upstream, "
     "Tensor? squares_upstream, Tensor? scale, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, "
-    f"Tensor{{}} kept, {_OPTIONS}, bool by_classes, bool need_hidden, bool need_weight, bool need_bias, "
-    "ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor)"
+    f"Tensor{{}} kept, {_OPTIONS}, bool by_classes, {SHARD_SCHEMA}, bool need_hidden, bool need_weight, "
+    "bool need_bias, ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor)"
 )
 
 _forward = define(
@@ -262,6 +317,10 @@ class _Options(NamedTuple):
     top1: bool
     kept_rows: int
     by_classes: bool
+    group: str | None
+    first_class: int
+    n_all_classes: int
+    plan_classes: int
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -309,7 +368,7 @@ class _LinearLogProbs(torch.autograd.Function):
         weight_dtype = torch.float32 if half else ctx.dtypes[1]
         op = _backward if options.kept_rows == 0 or graph_is_kept() else _backward_
         gradients = op(
-            *tensors[:4], *upstream[:4], scale, *tensors[4:], *options[:6], options.by_classes, *ctx.need, weight_dtype
+            *tensors[:4], *upstream[:4], scale, *tensors[4:], *options[:6], *options[11:], *ctx.need, weight_dtype
         )
         finished = [
             finish(gradient, dtype, factor, None) if needed else None
@@ -323,7 +382,8 @@ def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _LinearLogProbs.apply(hidden, weight, labels, bias, *arguments)
-    log_probs, _, *extra = _forward(hidden, weight, labels, bias, *arguments[:-2], 0, False, False)[:6]
+    options = _Options(*arguments)._replace(kept_rows=0, by_classes=False)
+    log_probs, _, *extra = _forward(hidden, weight, labels, bias, *options, False)[:6]
     return log_probs, *extra
 
 
@@ -334,16 +394,21 @@ _op = define_differentiable(
 
 
 def _kept_rows(
-    bound: int, weight: Tensor, compute_dtype: torch.dtype, tile_bytes: int | None, cache_bytes: int | None
+    bound: int,
+    weight: Tensor,
+    plan_classes: int,
+    compute_dtype: torch.dtype,
+    tile_bytes: int | None,
+    cache_bytes: int | None,
 ) -> int:
     if cache_bytes is None:
         # Where one product is to make the weight's gradient, the backward holds the logits of all rows anyway.
         # Dynamo can't read a tensor's grad_dtype.
         rounded_to = weight.dtype if torch.compiler.is_compiling() else gradient_dtype(weight)
-        if plan(bound, weight, compute_dtype, rounded_to, tile_bytes)[1]:
+        if plan(bound, (plan_classes, weight.shape[1]), compute_dtype, rounded_to, tile_bytes)[1]:
             return bound
         cache_bytes = _CACHE_BYTES
-    return min(bound, cache_bytes // (weight.shape[0] * compute_dtype.itemsize))
+    return min(bound, cache_bytes // (plan_classes * compute_dtype.itemsize))
 
 
 def linear_log_probs(
@@ -363,6 +428,7 @@ def linear_log_probs(
     max_valid: int | None = None,
     compute_dtype: torch.dtype | None = None,
     check_labels: bool = False,
+    vocab_shard: VocabularyShard | None = None,
 ) -> Tensor | LogProbs:
     """``log_softmax(hidden @ weight.T + bias)`` at the labels, differentiable, without ever building the logits.
 
@@ -398,6 +464,9 @@ def linear_log_probs(
             the wait for the device's own count. With a bound that is too small every log-probability is NaN.
         compute_dtype: dtype of the products, where it is not to follow from autocast and the inputs.
         check_labels: also check on an accelerator that the labels are in range, which waits for the device.
+        vocab_shard: as in :func:`linear_cross_entropy`, and so is a ``DTensor`` weight. Communication: a gather of 2
+            numbers a token and tile (1 more for each of the outputs, 2 for ``top1``) in the forward, and one sum of
+            hidden's gradient in the backward (with a frozen head in the forward).
 
     Returns:
         The labels' log-probabilities in the labels' shape, fp32, 0 where the label is ignored; or :class:`LogProbs`
@@ -405,13 +474,18 @@ def linear_log_probs(
 
     Raises:
         TypeError: for a dtype that is not as above, or labels that are not integers.
-        ValueError: for shapes that don't match, an option outside its range, tensors on different devices, and, on the
-            CPU or with ``check_labels``, a label outside [0, V). Elsewhere such a label gives NaN.
+        ValueError: for shapes that don't match, an option outside its range, tensors on different devices, a DTensor
+            that is divided otherwise, and, on the CPU or with ``check_labels``, a label outside [0, V). Elsewhere such
+            a label gives NaN.
         RuntimeError: in a double backward.
     """
     check_loss_options("none", 0.0, 0.0, softcap, temperature)
+    weight, bias, vocab_shard = local_head(weight, bias, vocab_shard)
+    if vocab_shard is not None:
+        hidden, labels = replicated(hidden), replicated(labels)
     check_head(hidden, weight, bias)
     check_head_labels(hidden, labels)
+    shard = (None, 0, weight.shape[0], weight.shape[0]) if vocab_shard is None else vocab_shard.arguments()
     check_same_device(hidden.device, labels=labels)
     unknown = set(outputs) - set(LOG_PROB_OUTPUTS)
     if unknown:
@@ -427,7 +501,7 @@ def linear_log_probs(
     compute_dtype = products_dtype(hidden, weight, compute_dtype)
     flat_labels = labels.reshape(-1).long()
     if check_labels or (hidden.device.type == "cpu" and not torch.compiler.is_compiling()):
-        check_labels_in_range(flat_labels, weight.shape[0], ignore_index)
+        check_labels_in_range(flat_labels, shard[2], ignore_index)
     if max_valid is None and not torch.compiler.is_compiling():
         max_valid = int((flat_labels != ignore_index).sum())
     bound = len(flat_labels) if max_valid is None else min(max_valid, len(flat_labels))
@@ -442,8 +516,9 @@ def linear_log_probs(
         tile_bytes,
         max_valid,
         *(name in outputs for name in LOG_PROB_OUTPUTS),
-        _kept_rows(bound, weight, compute_dtype, tile_bytes, cache_bytes),
+        _kept_rows(bound, weight, shard[3], compute_dtype, tile_bytes, cache_bytes),
         least_memory,
+        *shard,
     )
     log_probs, *extra = results
     if not outputs:

@@ -28,12 +28,12 @@ def test_tiles_cover_every_row_once_and_fit(n_rows, n_classes, itemsize, tile_by
 def test_all_rows_at_once_take_no_more_memory_than_tiles(n_rows, width, n_classes, tile_bytes):
     weight = torch.empty(n_classes, width, dtype=torch.bfloat16, device="meta")
     logits, gradient, accumulated = 2 * n_rows * n_classes, weight.nbytes, 2 * weight.nbytes
-    tile, at_once = plan(n_rows, weight, torch.bfloat16, torch.bfloat16, tile_bytes)
+    tile, at_once = plan(n_rows, weight.shape, torch.bfloat16, torch.bfloat16, tile_bytes)
     assert tile_bytes in (None, tile)
     # Tiles need the wider buffer together with a tile first, with the rounded gradient then.
     assert at_once == (logits + gradient <= accumulated + max(tile, gradient))
     for dtype in (None, torch.float32):  # frozen, or not rounded
-        assert not plan(n_rows, weight, torch.bfloat16, dtype, tile_bytes)[1]
+        assert not plan(n_rows, weight.shape, torch.bfloat16, dtype, tile_bytes)[1]
 
 
 @settings(deadline=None, max_examples=30)
