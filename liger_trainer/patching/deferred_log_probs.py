@@ -91,6 +91,7 @@ class DeferredLogProbs:
             max_valid=labels.numel(),
             tile_bytes=logits.head.tile_bytes,
             compute_dtype=logits.head.compute_dtype,
+            vocab_shard=logits.head.shard_of(logits.transform.n_classes),
             **logits.transform.loss_options(),
         )
         assert isinstance(log_probs, Tensor)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from ..kernels import cross_entropy, linear_cross_entropy
 from ..kernels._dtypes import gradient_dtype
+from ..kernels._vocabulary import VocabularyShard, local_head, replicated
 from . import sharding
 from .counted_labels import CountedLabels
 from .deferred_log_probs import DeferredLogProbs, likeliest_classes
@@ -65,10 +66,11 @@ class Head:
     """The LM head as one forward met it. Opaque to frameworks that look for tensors in a module's outputs.
 
     Its tensors are let go after the loss, so that ``outputs.logits`` pins no weight; later uses take the module's.
-    Where the module has its weight for the time of the forward only, they stay as long as the logits.
+    Where the module has its weight for the time of the forward only, they stay as long as the logits. Of a
+    tensor-parallel head they are this rank's rows, and ``shard`` says which.
     """
 
-    __slots__ = ("bias", "compute_dtype", "lent", "module", "n_classes", "tile_bytes", "weight")
+    __slots__ = ("bias", "compute_dtype", "lent", "module", "n_classes", "shard", "tile_bytes", "weight")
 
     def __init__(self, module: nn.Linear, compute_dtype: torch.dtype, tile_bytes: int | None) -> None:
         self.module: weakref.ref[nn.Linear] = weakref.ref(module)
@@ -78,6 +80,7 @@ class Head:
         self.lent = not torch.compiler.is_compiling() and sharding.is_lent(module.weight)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.shard: VocabularyShard | None = None
 
     def tensors(self, n_classes: int | None = None) -> tuple[Tensor, Tensor | None]:
         """The weight (V, H) and bias (V,), or the first ``n_classes`` rows of both.
@@ -88,13 +91,21 @@ class Head:
         weight, bias = self._whole()
         if n_classes is None or n_classes == self.n_classes:
             return weight, bias
+        if self.shard is not None:
+            n_classes = max(0, n_classes - self.shard.first_class)
         return weight[:n_classes], None if bias is None else bias[:n_classes]
+
+    def shard_of(self, n_classes: int) -> VocabularyShard | None:
+        """What the rows that :meth:`tensors` gives are of a head of so many classes, where ranks hold it together."""
+        return None if self.shard is None else self.shard.first(n_classes)
 
     def _whole(self) -> tuple[Tensor, Tensor | None]:
         compiling = torch.compiler.is_compiling()
         if self.weight is not None and (compiling or not sharding.is_freed(self.weight)):
             return self.weight, self.bias
         module = self.module()
+        if module is not None and self.shard is not None:
+            return local_head(module.weight, module.bias)[:2]
         weight = None if module is None else sharding.gathered(module.weight)
         whole = weight is not None and weight.dim() == 2 and weight.shape[0] == self.n_classes
         if not whole or (not compiling and sharding.is_freed(weight)):
@@ -104,6 +115,12 @@ class Head:
                 "or patch with fused_linear_cross_entropy=False."
             )
         return weight, None if module.bias is None else sharding.gathered(module.bias)
+
+    def whole_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of all ranks' classes, gathered, where ranks hold the head together."""
+        module = self.module()
+        assert module is not None
+        return tensor_parallel_logits(module, hidden, self.compute_dtype).full_tensor()
 
     def release(self) -> None:
         if not self.lent:
@@ -123,6 +140,7 @@ class _Transform:
     inner: float = 1.0
     outer: float = 1.0
     capped: bool = False
+    gathered: bool = False  # asked for as a whole by the hook of a tensor-parallel head
 
     def times(self, factor: float) -> _Transform:
         if self.capped:
@@ -302,6 +320,27 @@ class DeferredLogits(_Fields):
             return self._with(transform=replace(self.transform, capped=True))
         return self.materialize().tanh()
 
+    # -- what the hook of a tensor-parallel head asks of its output --------------------------------------------------
+
+    @property
+    def placements(self) -> Any:
+        if self.head is None or self.head.shard is None:
+            raise AttributeError("only logits of a tensor-parallel head have placements")
+        from torch.distributed.tensor import Shard
+
+        return (Shard(-1),)
+
+    def redistribute(self, *, placements: Any, **options: Any) -> DeferredLogits:
+        """Logits that are not there are everywhere: gathered, they stay what they are."""
+        return self._with(transform=replace(self.transform, gathered=all(each.is_replicate() for each in placements)))
+
+    def to_local(self) -> Any:
+        if self.transform.gathered or self.head is None:
+            return self
+        module = self.head.module()
+        assert module is not None
+        return tensor_parallel_logits(module, self.hidden, self.head.compute_dtype).to_local()
+
     def log_softmax(self, dim: int, dtype: torch.dtype | None = None) -> Any:
         if dim not in (-1, self.dim() - 1) or self.cell.value is not None or torch.compiler.is_compiling():
             return torch.log_softmax(self.materialize(), dim, dtype=dtype)
@@ -325,7 +364,9 @@ class DeferredLogits(_Fields):
         """
         if self.cell.value is None:
             logits = self.hidden
-            if self.head is not None:
+            if self.head is not None and self.head.shard is not None:
+                logits = self.head.whole_logits(logits)
+            elif self.head is not None:
                 weight, bias = self.head.tensors()
                 dtype = self.head.compute_dtype
                 # Inside autocast this is what autocast does; outside it the dtypes would not meet by themselves.
@@ -471,6 +512,7 @@ def _fused_cross_entropy(
             tile_bytes=logits.head.tile_bytes,
             max_valid=max_valid,
             compute_dtype=logits.head.compute_dtype,
+            vocab_shard=logits.head.shard_of(n_classes),
             **options,
         )
         logits.head.release()
@@ -491,6 +533,16 @@ _RECORDED: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+def tensor_parallel_logits(module: nn.Linear, hidden: Tensor, dtype: torch.dtype) -> Any:
+    """The logits (\\*, V) of a head that ranks hold together, as a DTensor that is divided by classes."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    weight: Any = module.weight
+    inputs = DTensor.from_local(hidden.to(dtype), weight.device_mesh, [Replicate()], run_check=False)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(inputs, weight.to(dtype), None if module.bias is None else module.bias.to(dtype))
+
+
 def defer(
     module: nn.Linear,
     hidden: Tensor,  # (*, H)
@@ -502,7 +554,9 @@ def defer(
     """What the head ``module`` returns for ``hidden`` in place of logits; with ``logits`` they exist already."""
     if logits is not None:
         return DeferredLogits(logits, None, _Transform(logits.dtype, logits.shape[-1]), _Cell())
-    weight, bias = module.weight, module.bias
+    weight, bias, shard = local_head(module.weight, module.bias)
+    if shard is not None:
+        hidden = replicated(hidden)
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type)
     head = Head(module, torch.get_autocast_dtype(device_type) if autocast else hidden.dtype, tile_bytes)
@@ -517,5 +571,5 @@ def defer(
         weight, bias = _copied(weight), None if bias is None else _copied(bias)
     elif head.lent:  # ZeRO-3 takes the memory out of the parameter, not out of what shares it
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-    head.weight, head.bias = weight, bias
+    head.weight, head.bias, head.shard = weight, bias, shard
     return DeferredLogits(hidden, head, _Transform(head.compute_dtype, head.n_classes), _Cell())

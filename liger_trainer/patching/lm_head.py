@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels._tiles import _TILE_BYTES
+from ..kernels._vocabulary import is_divided_by_rows, is_dtensor
 from . import class_swap
 from .counted_labels import count_labels
 from .deferred_logits import defer
@@ -31,11 +32,16 @@ __all__ = ["recognise"]
 _LABEL_ARGUMENTS = ("labels", "shift_labels")
 
 
+def _can_defer(head: nn.Linear) -> bool:
+    """Whether the loss can do with the weight as it is: whole, or a tensor-parallel one's rows outside of Dynamo."""
+    return not is_dtensor(head.weight) or (is_divided_by_rows(head.weight) and not torch.compiler.is_compiling())
+
+
 @functools.cache
 def _head_members(fused: bool, tile_bytes: int | None) -> dict[str, Any]:
     @functools.wraps(nn.Linear.forward)
     def forward(self: nn.Linear, input: Tensor) -> Any:
-        if self._liger_deferring is None:
+        if self._liger_deferring is None or not _can_defer(self):
             return F.linear(input, self.weight, self.bias)
         logits = None if fused else F.linear(input, self.weight, self.bias)
         return defer(self, input, logits=logits, tile_bytes=tile_bytes, weight_as=self._liger_deferring)
@@ -68,9 +74,14 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
         if not torch.compiler.is_compiling() and head._liger_deferring is not None:
             return original(self, *args, **kwargs)
         head._liger_deferring = keep_whole(outer)
+        # transformers' tensor parallelism would look for a tensor in what the head returns.
+        hooked = not torch.compiler.is_compiling() and _is_tensor_parallel(head)
+        around = vars(head).pop("forward") if hooked else None
         try:
             outputs = original(self, *args, **kwargs)
         finally:
+            if around is not None:
+                head.forward = around
             if torch.compiler.is_compiling():
                 head._liger_deferring = None  # Dynamo can't replay a deletion
             else:
@@ -78,6 +89,13 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
         return settle(outputs)
 
     return {"forward": forward}
+
+
+def _is_tensor_parallel(head: nn.Module) -> bool:
+    """Whether transformers has divided the head over ranks, by classes, and put its forward into one that gathers."""
+    forward = vars(head).get("forward")
+    made_by = getattr(forward, "__module__", None) or ""
+    return made_by.startswith("transformers.") and "tensor_parallel" in made_by and is_divided_by_rows(head.weight)
 
 
 def _check(head: nn.Module, fused: bool) -> str | None:
@@ -143,8 +161,10 @@ def _reason_against(model: nn.Module, head: nn.Module) -> str | None:
     stock = class_swap.stock_class(head)
     if stock.forward is not nn.Linear.forward or not isinstance(getattr(head, "weight", None), Tensor):
         return f"it is a {stock.__module__}.{stock.__name__}, not a plain torch.nn.Linear"
-    if "forward" in vars(head):
+    if "forward" in vars(head) and not _is_tensor_parallel(head):
         return "its forward was replaced on the instance"
+    if getattr(head, "_is_hooked", False) and not is_dtensor(head.weight):
+        return "its weight is this rank's part of a tensor-parallel one, and no DTensor that would say which"
     if not head.weight.is_floating_point():  # type: ignore[operator]
         return f"its weight is {head.weight.dtype}, not floating point"
     return None

@@ -139,6 +139,11 @@ def head_tensors(logits: Any, owner: Callable[..., Any] | nn.Module) -> HeadTens
             f"the forward of {type(owner).__name__} builds its logits to compute with them, so that a loss can't do "
             "without them. Set use_liger=False, or use TRL's own trainer."
         )
+    if logits.head.shard is not None:
+        raise RuntimeError(
+            f"the LM head of {type(owner).__name__} is tensor-parallel, which this loss does not support. Set "
+            "use_liger=False, or leave lm_head out of the tensor-parallel plan."
+        )
     weight, bias = logits.head.tensors(logits.transform.n_classes)
     options = logits.transform.loss_options()
     return HeadTensors(

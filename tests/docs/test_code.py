@@ -26,6 +26,7 @@ ELSEWHERE = {
     "docs/trl.md": "tests/trl",
     "docs/distributed.md": "tests/distributed",
     "docs/performance.md": "no code of users",
+    "docs/tensor-parallel.md": "tests/distributed_vocab",
     "docs/benchmarks.md": "no code of users",
     "docs/models.md": "no code of users",
 }
