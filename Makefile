@@ -13,6 +13,7 @@
 #
 # make benchmarks         measure each op beside its peers on this machine's accelerator, into benchmarks/results
 # make benchmark-report   write docs/benchmarks.md and its plots from benchmarks/results
+# make memory-report      write docs/memory.md, a calculation that is checked against benchmarks/results
 # make perf               fail where an op is over 10 % slower than in benchmarks/results
 #
 # make venv, clean        make the virtual environment; remove it and what runs have left
@@ -30,7 +31,7 @@ READY := $(VENV)/.ready
 
 ALIGNMENT := dpo orpo cpo simpo kto distill grpo
 
-.PHONY: help sft $(ALIGNMENT) test coverage lint format docs wheel release benchmarks benchmark-report perf venv clean
+.PHONY: help sft $(ALIGNMENT) test coverage lint format docs wheel release benchmarks benchmark-report memory-report perf venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -95,6 +96,9 @@ benchmarks: $(READY_BENCH)
 
 benchmark-report: $(READY_BENCH)
 	$(BIN)/python benchmarks/report.py
+
+memory-report: $(READY)
+	$(BIN)/python benchmarks/training/memory_model.py
 
 perf: $(READY)
 	$(BIN)/python -m pytest -m perf tests/benchmarks/test_perf.py $(ARGS)
