@@ -27,6 +27,7 @@ from harness.benchmark import Benchmark, Case
 from harness.plots import LABELS, draw_sweep
 from harness.record import Record, Row, device_slug
 from harness.run import RESULTS, times_floor
+from training import distributed_report
 
 BENCHMARKS = (
     linear_cross_entropy.BENCHMARK,
@@ -237,6 +238,7 @@ def write(results: Path, page: Path) -> None:
             parts.append(section(benchmark, record, [plot for plot in plots if plot], page))
         if gradient_accuracy.NAME in records:
             parts.append(accuracy_section(records[gradient_accuracy.NAME]))
+    parts.extend(distributed_report.sections(results, page, table))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts))
 

@@ -135,7 +135,12 @@ def measured(folder: Path = RESULTS) -> Iterator[tuple[str, Setting, float]]:
         elif benchmark.startswith("distributed_"):
             for row in record["rows"]:
                 shape = row["shape"]
-                covered = row["provider"] in PROVIDERS and row.get("peak_bytes") and shape["task"] == "sft"
+                covered = (
+                    row["provider"] in PROVIDERS
+                    and row.get("peak_bytes")
+                    and shape["task"] == "sft"
+                    and not shape["trainer"]
+                )
                 if covered and shape["model"] != "tiny":
                     setting = Setting(
                         SHAPES[shape["model"]],
@@ -145,6 +150,8 @@ def measured(folder: Path = RESULTS) -> Iterator[tuple[str, Setting, float]]:
                         shape["batch"],
                         shape["length"],
                         shape["checkpointing"],
+                        # DeepSpeed keeps moments and a copy of the weights in fp32.
+                        12 if shape["strategy"].startswith("zero") else 4,
                     )
                     yield path.name, setting, float(row["peak_bytes"])
 
