@@ -31,6 +31,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
 from harness.record import Record, Row, key
+from training import contexts
+from training.contexts import OUT_OF_MEMORY
 from training.distributed_worker import Run, as_json
 
 __all__ = ["PRESETS", "Launch", "Sweep", "launch", "next_length"]
@@ -41,7 +43,6 @@ STRATEGIES = ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
 PROVIDERS = ("hf", "liger-kernel", "ours")
 GRANULARITY = 1024  # tokens, of the largest context
 LEAST_SECONDS = 45  # for which it is worth to start processes
-OUT_OF_MEMORY = "out of memory"
 
 Launch = Callable[[Run, float], tuple[dict[int, Row], str | None]]
 
@@ -143,31 +144,30 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 def next_length(
-    probes: dict[int, bool], peaks: dict[int, float], capacity: float | None, granularity: int
+    probes: dict[int, bool], peaks: dict[int, float], capacity: float | None, granularity: int, longest: int
 ) -> int | None:
     """The length to try next in the search of the largest that fits; None when it is found.
 
+    As `contexts.next_length`, but that a start of processes costs more than a step: once two lengths say what a token
+    takes, the next guess is where that fills the device.
+
     Args:
         probes: whether a length fitted.
-        peaks: bytes that lengths took which did; the next guess comes from the last two of them.
+        peaks: bytes that lengths took which did.
         capacity: bytes of the device, or None.
         granularity: between two lengths.
+        longest: none beyond it is tried.
     """
-    low = max((length for length, fits in probes.items() if fits), default=0)
-    high = min((length for length, fits in probes.items() if not fits), default=None)
-    if high is not None and high - low <= granularity:
-        return None
-    guess = 2 * low or granularity
+    following = contexts.next_length(probes, granularity, granularity, 0.0, longest)
     known = sorted(peaks)[-2:]
-    if capacity is not None and len(known) == 2 and peaks[known[1]] > peaks[known[0]]:
-        slope = (peaks[known[1]] - peaks[known[0]]) / (known[1] - known[0])
-        guess = int(known[1] + (0.97 * capacity - peaks[known[1]]) / slope)
-    elif high is not None:
-        guess = (low + high) // 2
-    guess = guess // granularity * granularity
-    if high is not None and not low < guess < high:
-        guess = (low + high) // 2 // granularity * granularity
-    return max(guess, low + granularity)
+    if following is None or capacity is None or len(known) < 2 or peaks[known[1]] <= peaks[known[0]]:
+        return following
+    slope = (peaks[known[1]] - peaks[known[0]]) / (known[1] - known[0])
+    guess = int(known[1] + (0.97 * capacity - peaks[known[1]]) / slope) // granularity * granularity
+    low = max((length for length, fits in probes.items() if fits), default=0)
+    high = min((length for length, fits in probes.items() if not fits), default=longest + granularity)
+    guess = max(guess, low + granularity)
+    return guess if guess < high else following
 
 
 class Sweep:
@@ -261,7 +261,7 @@ class Sweep:
                 peaks[other["shape"]["length"]] = other["peak_bytes"]
             elif same and other["error"] == OUT_OF_MEMORY:
                 probes[other["shape"]["length"]] = False
-        while (length := next_length(probes, peaks, capacity, self.granularity)) is not None and length <= self.longest:
+        while (length := next_length(probes, peaks, capacity, self.granularity, self.longest)) is not None:
             if self.left < LEAST_SECONDS:
                 self.show(f"{what}: largest context not finished, {self.left:.0f} s are left")
                 return False

@@ -7,19 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.plots import LABELS, line_style
+from harness.plots import line_style
 from harness.record import Record, Row, device_slug
+from training.plots import FAMILY, name_of
 
 __all__ = ["efficiency", "loss_difference", "sections"]
 
 # The part of a row's shape that a table has in its title.
 TITLE = ("model", "task", "gpus", "batch", "checkpointing", "trainer")
-FAMILY = {"liger-kernel": "liger"}  # as benchmarks of single ops call it
 Table = Callable[[Sequence[str], str, Any], str]
-
-
-def label(provider: str) -> str:
-    return LABELS[FAMILY.get(provider, provider)]
 
 
 def same_but(rows: Sequence[Row], row: Row, **changed: Any) -> Row | None:
@@ -62,7 +58,7 @@ def collectives(rows: Sequence[Row], row: Row) -> str:
 
 def cells(rows: Sequence[Row], row: Row) -> list[str]:
     shape = row["shape"]
-    start = [shape["strategy"], f"{shape['length']:,}", label(row["provider"])]
+    start = [shape["strategy"], f"{shape['length']:,}", name_of(row["provider"])]
     if row["error"]:
         return [*start, "", "", "", "", "", f"not run: {row['error']}".replace("|", "\\|")]
     base = same_but(rows, row, provider="hf")
@@ -113,7 +109,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> Path | None:
             lengths = [row["shape"]["length"] for row in line]
             style: dict[str, Any] = line_style(FAMILY.get(provider, provider))
             axes[0, column].plot(
-                lengths, [row["tokens_per_second_per_gpu"] for row in line], label=label(provider), **style
+                lengths, [row["tokens_per_second_per_gpu"] for row in line], label=name_of(provider), **style
             )
             axes[1, column].plot(lengths, [(row["peak_bytes"] or 0) / 1e9 for row in line], **style)
         axes[0, column].set_title(strategy)
@@ -148,7 +144,7 @@ def largest(rows: Sequence[Row], table: Table) -> str:
         if base is not None and base is not row and base.get("largest_length"):
             over = f"{row['largest_length'] / base['largest_length']:.1f} ×"
         lines.append(
-            [row["shape"]["strategy"], label(row["provider"]), f"{row['largest_length']:,}", over, row["error"] or ""]
+            [row["shape"]["strategy"], name_of(row["provider"]), f"{row['largest_length']:,}", over, row["error"] or ""]
         )
     return "Largest context, to 1,024 tokens:\n\n" + table(
         ("strategy", "provider", "tokens", "against hf", "note"), "llrrl", lines
@@ -192,8 +188,8 @@ def sections(results: Path, page: Path, table: Table) -> list[str]:
         task = record.benchmark.removeprefix("distributed_")
         parts.append(f"## Training on several GPUs: {record.device}, {task}\n")
         parts.append(
-            f"{record.date}: {versions}. The median step, of the slowest rank; the highest peak of any rank. Losses are "
-            "means over ranks in the first ten steps, compared with those of hf; efficiency is the rate a GPU over "
+            f"{record.date}: {versions}. The median step, of the slowest rank; the highest peak of any rank. Losses "
+            "are means over ranks in the first ten steps, compared with those of hf; efficiency is the rate a GPU over "
             "that on the fewest GPUs on file.\n"
         )
         parts.extend(record_section(record, results, page, table))

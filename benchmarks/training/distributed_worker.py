@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from harness.measure import free_memory
 from harness.record import device_name, versions
+from training.contexts import OUT_OF_MEMORY
 from training.sharded_shapes import SHAPES
 
 __all__ = ["LOSSES", "Run"]
@@ -267,7 +268,7 @@ def main() -> None:
     except BaseException as error:
         traceback.print_exc()
         known = isinstance(error, torch.OutOfMemoryError)
-        text = "out of memory" if known else f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        text = OUT_OF_MEMORY if known else f"{type(error).__name__}: {error}".splitlines()[0][:300]
         (folder / f"error{rank}.txt").write_text(text)
         os._exit(1)  # the other ranks may wait for this one; torchrun ends them
     dist.destroy_process_group()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .shapes import SHAPES as MODELS
+
 __all__ = ["SHAPES", "LlamaShape"]
 
 
@@ -53,9 +55,14 @@ class LlamaShape:
         return transformers.LlamaConfig(**asdict(self), **options)
 
 
+def _of(name: str) -> LlamaShape:
+    _, fields = MODELS[name]
+    return LlamaShape(**fields)
+
+
 SHAPES: dict[str, LlamaShape] = {
     "tiny": LlamaShape(64, 128, 2, 4, 2, 16, 512, False),
-    "llama-3.2-1b": LlamaShape(2048, 8192, 16, 32, 8, 64, 128256, True),
-    "llama-3-8b": LlamaShape(4096, 14336, 32, 32, 8, 128, 128256, False),
+    "llama-3.2-1b": _of("llama-3.2-1b"),
+    "llama-3-8b": _of("llama-3-8b"),
     "llama-3-70b": LlamaShape(8192, 28672, 80, 64, 8, 128, 128256, False),
 }

@@ -111,7 +111,7 @@ def test_a_later_call_goes_on_where_the_time_was_over(tmp_path):
 @pytest.mark.parametrize("capacity", [None, 1000.0])
 def test_the_largest_context_is_found(most, capacity):
     probes, peaks, tried = {}, {}, 0
-    while (length := next_length(probes, peaks, capacity, 1024)) is not None:
+    while (length := next_length(probes, peaks, capacity, 1024, 2**20)) is not None:
         assert length % 1024 == 0 and length not in probes
         probes[length] = length <= most
         if probes[length]:
