@@ -1,4 +1,4 @@
-"""Processes of a gloo group that run functions for a test: started once, used by many tests."""
+"""Processes of a group (NCCL with a GPU each, else gloo) that run functions for a test: started once, used by many."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ __all__ = ["Ranks"]
 
 def _serve(rank: int, world: int, store: str, calls: Any, results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
     while (call := calls.get()) is not None:
         function, arguments, options = call
         try:

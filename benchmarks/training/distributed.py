@@ -15,10 +15,10 @@ gloo.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
+
+import psutil
 
 from harness.record import Record, Row, key
 from training import contexts
@@ -102,7 +104,7 @@ def launch(run: Run, seconds: float) -> tuple[dict[int, Row], str | None]:
         folder = Path(name)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.gpus}"]
         log = folder / "log"
-        environment = {"OMP_NUM_THREADS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
         with log.open("w") as output:
             process = subprocess.Popen(
                 [*command, str(WORKER), as_json(run), name],
@@ -129,18 +131,22 @@ def launch(run: Run, seconds: float) -> tuple[dict[int, Row], str | None]:
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """End the processes of one launch, which have a group of their own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """End torchrun, where it still runs, and the processes that it has started, each in a session of its own."""
+    try:
+        started = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        started = []
+    if process.poll() is None:
+        process.terminate()
         try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(5)
+            process.wait(10)
         except subprocess.TimeoutExpired:
-            continue
-        time.sleep(0.2)
-    process.wait()
+            process.kill()
+            process.wait()
+    for each in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(started, timeout=10)
 
 
 def next_length(

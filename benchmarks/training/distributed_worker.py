@@ -221,7 +221,7 @@ def result(run: Run, length: int, device: torch.device, times: list[float], loss
         "peak_bytes": over_ranks(peak, device, dist.ReduceOp.MAX) or None,
         "losses": losses[:LOSSES],
         "collectives": None,
-        "capacity_bytes": None if device.type == "cpu" else torch.accelerator.get_memory_info()[1],
+        "capacity_bytes": None if device.type == "cpu" else torch.get_device_module(device).mem_get_info()[1],
         "device": device_name(device),
         "versions": versions(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,15 +36,17 @@ def test_two_processes_and_the_same_losses_and_collectives():
     assert hf["device"] == "CPU" and hf["peak_bytes"] is None
 
 
-def test_what_fails_says_why_and_leaves_no_process():
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
+def test_what_fails_says_why_and_leaves_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # by which the workers are known
     rows, error = launch(replace(RUN, strategy="nonsense"), 240)
     assert rows == {} and error.startswith("ValueError: strategy must be ddp, fsdp1")
-    rows, error = launch(RUN, 1.0)
+    rows, error = launch(replace(RUN, steps=10**6, seconds=600.0), 25.0)  # in the middle of its steps
     assert rows == {} and error == "out of time"
-    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+    left = [each.info["cmdline"] for each in psutil.process_iter(["cmdline"])]
+    assert not [command for command in left if command and any(str(tmp_path) in part for part in command)]
 
 
+@pytest.mark.slow
 def test_through_the_trainer_a_strategy_that_does_not_engage_is_no_result():
     rows, error = launch(replace(RUN, trainer=True, lengths=(16,)), 240)  # accelerate trains FSDP on a CPU as DDP
     assert rows == {} and error.startswith("RuntimeError: fsdp2 did not engage")

@@ -17,12 +17,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from liger_trainer.kernels import VocabularyShard, linear_cross_entropy, linear_log_probs
+from liger_trainer.kernels import VocabularyShard, linear_cross_entropy, linear_log_probs, use_torch
 from liger_trainer.kernels._library import OPS, interpreted_kernels
 from tests.kernels.loss_reference import assert_product_close, doubled, reference_loss
 
 N, H, V = 22, 24, 131  # V is divisible by neither 2 nor 3
 OUTPUTS = ("entropy", "mean_logits", "log_sum_sq_probs")
+
+
+def device() -> torch.device:
+    """This rank's own GPU where every rank has one, else the CPU."""
+    if torch.cuda.device_count() < dist.get_world_size():
+        return torch.device("cpu")
+    torch.cuda.set_device(dist.get_rank())
+    return torch.device("cuda", dist.get_rank())
 
 
 def bounds(n_classes: int, cuts: Sequence[int] | None) -> tuple[int, int, int]:
@@ -46,7 +54,7 @@ def make(dtype: torch.dtype, n: int = N, v: int = V, labels: str = "random", bia
     found[::3] = -100
     if labels == "ignored":
         found.fill_(-100)
-    return hidden, weight, offsets, found
+    return tuple(each if each is None else each.to(device()) for each in (hidden, weight, offsets, found))
 
 
 def fill(options: dict[str, Any], dtype: torch.dtype, n: int, v: int) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def fill(options: dict[str, Any], dtype: torch.dtype, n: int, v: int) -> dict[st
     sizes = {"token_weights": n, "class_weights": v}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {
-        name: torch.rand(sizes[name], generator=generator, dtype=torch.float64).to(wide) + 0.1
+        name: torch.rand(sizes[name], generator=generator, dtype=torch.float64).to(device(), wide) + 0.1
         if value == "random"
         else value
         for name, value in options.items()
@@ -99,6 +107,8 @@ def counted_collectives() -> Iterator[Counter[str]]:
 
 
 def _implementation(triton: bool) -> Any:
+    if device().type == "cuda":
+        return nullcontext() if triton else use_torch("all")
     return interpreted_kernels() if triton else nullcontext()
 
 
@@ -142,13 +152,14 @@ def cross_entropy(
             **options,
         )
         upstream = torch.randn(result.loss.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        upstream = upstream.to(device())
         gradients = torch.autograd.grad(result.loss, own, upstream.to(result.loss.dtype))
     expected_gradients = torch.autograd.grad(expected, exact, upstream)
     assert_product_close(result.loss, expected, dtype)
     z = logits.detach() * options.get("logit_scale", 1.0)
     assert torch.equal(result.predicted_tokens, torch.where(found == -100, -1, z.argmax(1)))
     valid = found != -100
-    hits = (z.argmax(1) == found)[valid].float().mean() if valid.any() else torch.zeros(())
+    hits = (z.argmax(1) == found)[valid].float().mean() if valid.any() else z.new_zeros((), dtype=torch.float32)
     torch.testing.assert_close(result.token_accuracy, hits)
     for gradient, wanted, each in zip(gradients, expected_gradients, own, strict=True):
         assert gradient.dtype == each.dtype and gradient.shape == each.shape
@@ -215,6 +226,7 @@ def log_probs(
         )
         names = ("log_probs", *outputs)
         upstreams = torch.randn(len(names), n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        upstreams = upstreams.to(device())
         values = [getattr(result, name) for name in names]
         ours = sum((upstream.to(each.dtype) * each).sum() for each, upstream in zip(values, upstreams))
         wanted_inputs = [each for each in own if each.requires_grad]
@@ -232,7 +244,7 @@ def log_probs(
 
 def from_dtensors(hidden_placement: str) -> None:
     """A DTensor weight finds its shard, and its gradient is a DTensor of the same division."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),), mesh_dim_names=("tp",))
     hidden, weight, offsets, found = make(torch.float64)
     exact = [each.clone().requires_grad_() for each in (hidden, weight, offsets)]
     leaf = hidden.clone().requires_grad_()

@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from liger_trainer.kernels import VocabularyShard, linear_cross_entropy
+from liger_trainer.kernels._triton import INTERPRETED
 
 from . import on_rank
+
+
+@pytest.fixture(autouse=True)
+def _needs_kernels(request):
+    """Kernels run on a GPU for each rank, or on the CPU by Triton's interpreter."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if params.get("triton") and not INTERPRETED and torch.cuda.device_count() < params["ranks"]:
+        pytest.skip("needs TRITON_INTERPRET=1 or a GPU for each rank")
+
 
 OPTIONS = {
     "plain": {},

@@ -24,6 +24,7 @@ PARTITION = "tests/kernels/test_partition.py"
 TILES = "tests/kernels/test_tiles.py"
 LABELS = "tests/kernels/test_labels_out_of_range.py"
 CALLS = "tests/test_wrong_calls.py"
+PARTS = "tests/distributed_vocab/test_ops.py -k 2-ranks"
 
 
 @dataclass(frozen=True)
@@ -375,8 +376,8 @@ FAULTS = [
     Fault(
         "log-probabilities: mean over the padded row",
         "_log_prob_rows",
-        "tl.sum(z_sum, 0) / n_classes",
-        "tl.sum(z_sum, 0) / (n_classes + 1)",
+        "tl.sum(z_sum, 0) / n_all_classes",
+        "tl.sum(z_sum, 0) / (n_all_classes + 1)",
         LLP,
     ),
     Fault(
@@ -388,6 +389,70 @@ FAULTS = [
         "(1.0 - beta) + beta * tl.exp2(ratio)",
         "beta + (1.0 - beta) * tl.exp2(ratio)",
         JSD,
+    ),
+    # A head that ranks hold together
+    Fault(
+        "parts of a head: hidden's gradient not summed over the ranks",
+        "_vocabulary",
+        "if part is not None and gradient.numel():",
+        "if False:",
+        PARTS,
+    ),
+    Fault(
+        "parts of a head: log-sum-exp of one rank alone",
+        "_vocabulary",
+        "lse = torch.logsumexp(ranks.lse, 0)",
+        "lse = ranks.lse[0]",
+        PARTS,
+    ),
+    Fault(
+        "parts of a head: entropy without the ranks' shares",
+        "_vocabulary",
+        "torch.where(counts, share * values, 0)",
+        "torch.where(counts, values, 0)",
+        PARTS,
+    ),
+    Fault(
+        "parts of a head: labels that differ between ranks pass",
+        "_vocabulary",
+        "wrong = held.sum(0) != 1",
+        "wrong = held.sum(0) < 0",
+        PARTS,
+    ),
+    Fault(
+        "parts of a head: every rank takes the label for its own",
+        "_softmax_loss",
+        "-torch.where(here, hit, 0).unsqueeze(1)",
+        "-hit.unsqueeze(1)",
+        PARTS,
+    ),
+    Fault(
+        "parts of a head: the label's column not counted from the part's first class",
+        "_softmax_loss",
+        "label_column = (safe_label - first_class)",
+        "label_column = (safe_label - 0)",
+        PARTS,
+    ),
+    Fault(
+        "parts of a head: smoothing spread over the part",
+        "_softmax_loss",
+        "spread = factor * smoothing / n_all_classes",
+        "spread = factor * smoothing / n_classes",
+        PARTS,
+    ),
+    Fault(
+        "parts of a head: class weights of the first part",
+        "_softmax_loss",
+        "        class_weights_ptr += first_class\n",
+        "        pass\n",
+        PARTS,
+    ),
+    Fault(
+        "parts of a head: tiles of classes not counted from the part's first class",
+        "linear_log_probs",
+        "first_class=own_first + first_class",
+        "first_class=first_class",
+        PARTS,
     ),
     Fault(
         "a second derivative is given where there is none",
