@@ -28,6 +28,7 @@ from harness.plots import LABELS, draw_sweep
 from harness.record import Record, Row, device_slug
 from harness.run import RESULTS, times_floor
 from training import distributed_report
+from training import page as training_page
 
 BENCHMARKS = (
     linear_cross_entropy.BENCHMARK,
@@ -209,7 +210,7 @@ def accuracy_section(record: Record) -> str:
 
 def write(results: Path, page: Path) -> None:
     """Draw the plots beside the results and write the page."""
-    names = [*(benchmark.name for benchmark in BENCHMARKS), gradient_accuracy.NAME]
+    names = [*(benchmark.name for benchmark in BENCHMARKS), gradient_accuracy.NAME, *training_page.BENCHMARKS]
     devices: dict[str, dict[str, Record]] = {}
     for path in sorted(results.glob("*.json")):
         if path.stem.rpartition("_")[0] in names:
@@ -238,6 +239,8 @@ def write(results: Path, page: Path) -> None:
             parts.append(section(benchmark, record, [plot for plot in plots if plot], page))
         if gradient_accuracy.NAME in records:
             parts.append(accuracy_section(records[gradient_accuracy.NAME]))
+        if training := training_page.section(records, results, page, table):
+            parts.append(training)
     parts.extend(distributed_report.sections(results, page, table))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts))

@@ -28,7 +28,7 @@ from harness.run import RESULTS, show_table
 from training.clock import Clock, OutOfTimeError
 from training.isolated import Isolated, IsolatedError
 from training.judging import Verdict, judge, smoothed
-from training.measure_step import describe_device
+from training.measure_step import device_without_touching_it
 from training.plots import colour_of, name_of, pyplot
 from training.tasks import CURVES, MODEL, PROVIDERS, TASKS, Training, curves
 
@@ -179,8 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file and the plots")
     parser.add_argument("--plots", action="store_true", help="run nothing, draw what is on file")
     options = parser.parse_args(arguments)
-    with Isolated(describe_device) as process:
-        record, path = Record.open(options.results, BENCHMARK, process.ask(None, options.timeout))
+    record, path = Record.open(options.results, BENCHMARK, device_without_touching_it(options.timeout))
     clock, ended = Clock(options.minutes, options.timeout), True
     jobs = [] if options.plots else trainings(options)
     try:

@@ -20,6 +20,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from harness.run import RESULTS, rounded, show_table
 from training.clock import Clock, OutOfTimeError
 from training.contexts import OUT_OF_MEMORY, fits, next_length
 from training.isolated import Isolated, IsolatedError
-from training.measure_step import describe_device, measurer
+from training.measure_step import device_without_touching_it, measurer
 from training.providers import PREFERENCE_PROVIDERS, PROVIDERS, Provider
 from training.runs import PREFERENCES, RUNS, Run
 from training.step_trace import LAUNCH_BLOCKING
@@ -41,8 +42,12 @@ HEADLINE = tuple(name for name in RUNS if not name.startswith("family-") and not
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
+def shape_of(name: str, run: Run, length: int) -> dict[str, Any]:
+    return {"run": name, "batch": run.batch, "length": length}
+
+
 def new_row(name: str, run: Run, provider: str, length: int) -> Row:
-    shape = {"run": name, "batch": run.batch, "length": length}
+    shape = shape_of(name, run, length)
     return {
         "provider": provider,
         "dtype": "bfloat16",
@@ -100,6 +105,8 @@ def chosen(options: argparse.Namespace) -> list[tuple[str, Run, str]]:
     jobs = []
     for name in options.runs:
         run = RUNS[name].tiny() if options.tiny else RUNS[name]
+        sizes = {size: getattr(options, size, None) for size in ("batch", "length")}
+        run = replace(run, **{size: value for size, value in sizes.items() if value is not None})
         providers = options.providers or (PREFERENCE_PROVIDERS if run.task in PREFERENCES else PROVIDERS)
         jobs += [(name, run, provider) for provider in providers]
     return jobs
@@ -107,7 +114,8 @@ def chosen(options: argparse.Namespace) -> list[tuple[str, Run, str]]:
 
 def measure_steps(options: argparse.Namespace, record: Record, path: Path, clock: Clock) -> None:
     """Times and shares of each job from one process, memory over a step's time from another."""
-    jobs = [(name, run, who) for name, run, who in chosen(options) if options.again or not rows_of(record, name, who)]
+    on_file = [(row["provider"], row["shape"]) for row in record.rows if not options.again]
+    jobs = [job for job in chosen(options) if (job[2], shape_of(job[0], job[1], job[1].length)) not in on_file]
     good: dict[tuple[str, str], list[Row]] = {}
     for turn in range(1, options.rounds + 1):
         for i, (name, run, provider) in enumerate(jobs, 1):
@@ -198,6 +206,8 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--seconds", type=float, default=30, help="after so many, two measured steps suffice")
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files and plots")
     command = commands.choices["steps"]
+    command.add_argument("--batch", type=int, help="sequences, or pairs, in place of the run's")
+    command.add_argument("--length", type=int, help="tokens of a sequence in place of the run's")
     command.add_argument("--rounds", type=int, default=1, help="run all so often; their median runs count")
     command = commands.choices["contexts"]
     command.set_defaults(warmup=2, steps=5, seconds=15)
@@ -224,8 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(plot)
         return 0
     benchmark, measure = MEASURE[options.command]
-    with Isolated(describe_device) as process:
-        record, path = Record.open(options.results, benchmark, process.ask(None, options.timeout))
+    record, path = Record.open(options.results, benchmark, device_without_touching_it(options.timeout))
     clock = Clock(options.minutes, options.timeout)
     ended = True
     try:

@@ -12,19 +12,27 @@ import torch
 from harness.measure import Band, current_device, free_memory, synchronize
 from harness.record import device_name
 
+from .isolated import Isolated
 from .providers import Provider
 from .runs import Run
 from .step_trace import memory_over_time, time_shares, trace
 from .training_step import TrainingStep, build
 
-__all__ = ["describe_device", "measurer"]
+__all__ = ["device_without_touching_it", "measurer"]
 
 FEWEST_STEPS = 2  # measured, when the time is up
 
 
 def describe_device() -> Callable[[None], str]:
-    """Answers with the device's name. In a process of its own, since asking takes half a gigabyte of the device."""
     return lambda _: device_name(current_device())
+
+
+def device_without_touching_it(seconds: float) -> str:
+    """The device's name, asked for in a process of its own: asking takes half a gigabyte of the device."""
+    if not torch.accelerator.is_available():
+        return device_name(torch.device("cpu"))
+    with Isolated(describe_device) as process:
+        return process.ask(None, seconds)
 
 
 def limit_memory(n_bytes: int, device: torch.device) -> None:

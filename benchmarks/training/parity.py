@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sft_step import versions
 from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
 from liger_trainer import TrainingArguments
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "benchmarks")]
+from harness.record import versions  # noqa: E402
 from support.chats import load_chats, tokenise_chats  # noqa: E402
 from support.measure import device_name  # noqa: E402
 from support.models import find_model, load_model  # noqa: E402

@@ -61,10 +61,11 @@ def unit_of(most_bytes: float) -> tuple[float, str]:
     return (1e9, "GB") if most_bytes >= 1e9 else (1e6, "MB")
 
 
-def title_of(record: Record, run: str, row: Row) -> str:
-    """The run's title, and its batch and length where they aren't those of the title, as in a dry run."""
-    usual = RUNS[run].batch == row["shape"]["batch"] and RUNS[run].length == row["shape"]["length"]
-    size = "" if usual else f" (here {row['shape']['batch']} × {row['shape']['length']}, tiny)"
+def title_of(record: Record, run: str, row: Row | None = None) -> str:
+    """The run's title, and the row's batch and length where they aren't those of the title, as in a dry run."""
+    size = ""
+    if row is not None and (row["shape"]["batch"], row["shape"]["length"]) != (RUNS[run].batch, RUNS[run].length):
+        size = f" (here {row['shape']['batch']} × {row['shape']['length']})"
     return f"{RUNS[run].title}{size}, bf16, {record.device}"
 
 
@@ -216,9 +217,7 @@ def draw_contexts(record: Record, run: str, path: Path) -> Path | None:
     longest.margins(x=0.35)
     longest.xaxis.set_visible(False)
     longest.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle(
-        title_of(record, run, rows[0]).replace(" (here", " (").split(" (")[0] + f", bf16, {record.device}", fontsize=11
-    )
+    figure.suptitle(title_of(record, run), fontsize=11)
     figure.legend(
         *speed.get_legend_handles_labels(),
         loc="outside lower center",
@@ -231,7 +230,7 @@ def draw_contexts(record: Record, run: str, path: Path) -> Path | None:
 
 PLOTS: dict[str, dict[str, Callable[[Record, str, Path], Path | None]]] = {
     "training_steps": {"bars": draw_steps, "memory": draw_memory, "shares": draw_shares},
-    "training_contexts": {"contexts": draw_contexts},
+    "training_contexts": {"curves": draw_contexts},
 }
 
 
@@ -241,14 +240,7 @@ def draw_record(record: Record, folder: Path) -> dict[str, list[Path]]:
     drawn: dict[str, list[Path]] = {}
     for run in dict.fromkeys(row["shape"]["run"] for row in record.rows):
         for kind, draw in PLOTS[record.benchmark].items():
-            plot = draw(
-                record,
-                run,
-                folder
-                / f"{record.benchmark}_{run}_{kind}_{slug}.png".replace(
-                    "_contexts_", "_", 1 if kind == "contexts" else 0
-                ),
-            )
+            plot = draw(record, run, folder / f"{record.benchmark}_{run}_{kind}_{slug}.png")
             if plot is not None:
                 drawn.setdefault(run, []).append(plot)
     return drawn

@@ -68,13 +68,13 @@ def random_batch(run: Run, vocab_size: int, device: torch.device) -> dict[str, T
     return {"input_ids": ids, "labels": labels}
 
 
-def make_model(run: Run, device: torch.device) -> Any:
-    """The run's model with random weights in bf16, in training mode."""
+def make_model(run: Run, device: torch.device, dtype: torch.dtype) -> Any:
+    """The run's model with random weights, in training mode."""
     import transformers
 
     torch.manual_seed(0)
     with device:
-        model = transformers.AutoModelForCausalLM.from_config(config_of(run.shape), dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config_of(run.shape), dtype=dtype)
     if run.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if run.lora_rank:
@@ -86,7 +86,13 @@ def make_model(run: Run, device: torch.device) -> Any:
     return model.train()
 
 
-def build(run: Run, provider: Provider, device: torch.device, length: int | None = None) -> TrainingStep:
+def build(
+    run: Run,
+    provider: Provider,
+    device: torch.device,
+    length: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> TrainingStep:
     """The step of a run under a provider.
 
     Args:
@@ -94,11 +100,12 @@ def build(run: Run, provider: Provider, device: torch.device, length: int | None
         provider: who trains it.
         device: where.
         length: tokens of each sequence in place of the run's.
+        dtype: of weights, and with them of activations and the optimizer's state.
     """
     run = run if length is None else replace(run, length=length)
     through_trainer = run.task in PREFERENCES or provider.kind == "trl"
     provider.before_model(run.shape[0], own_loss=through_trainer)
-    model = make_model(run, device)
+    model = make_model(run, device, dtype)
     if through_trainer:
         from .trl_loss import trainer_and_loss
 
