@@ -8,6 +8,7 @@ import pytest
 import torch
 from misbehaving import answering
 
+import report
 from harness.record import Record
 from training import headline, plots
 from training.contexts import OUT_OF_MEMORY, fits, largest, next_length
@@ -246,6 +247,12 @@ def test_dry_run_of_everything(tmp_path, capsys):
     )
     assert [each.name for each in drawn] == [f"training_{kind}_cpu.png" for kind in kinds]
     assert all(each.stat().st_size > 10_000 for each in drawn)
+    report.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text()
+    assert "### Training steps" in page and "**Llama-3.2-1B, 4 × 4096**" in page
+    assert "| **liger_trainer, no_such_option=1** |  |  |  |  | TypeError: unknown option" in page
+    assert "| Hugging Face | 192 (1.00 ×) | not reached |  |" in page
+    assert f"![{drawn[0].stem.replace('_', ' ')}]({drawn[0].name})" in page
 
 
 def test_a_limit_of_memory_ends_in_a_row():
