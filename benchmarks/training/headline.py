@@ -38,6 +38,10 @@ from training.step_trace import LAUNCH_BLOCKING
 
 STEPS, CONTEXTS = "training_steps", "training_contexts"
 HEADLINE = tuple(name for name in RUNS if not name.startswith("family-") and not name.endswith("-context"))
+USUAL = {
+    "steps": (*PROVIDERS, "ours:recompute=cheap"),
+    "contexts": ("hf", "liger-kernel", "ours", "ours:recompute=cheap,mlp_chunk_tokens=8192"),
+}
 # Free memory in pieces of the wrong size would decide what fits.
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
@@ -107,7 +111,7 @@ def chosen(options: argparse.Namespace) -> list[tuple[str, Run, str]]:
         run = RUNS[name].tiny() if options.tiny else RUNS[name]
         sizes = {size: getattr(options, size, None) for size in ("batch", "length")}
         run = replace(run, **{size: value for size, value in sizes.items() if value is not None})
-        providers = options.providers or (PREFERENCE_PROVIDERS if run.task in PREFERENCES else PROVIDERS)
+        providers = options.providers or (PREFERENCE_PROVIDERS if run.task in PREFERENCES else options.usual)
         jobs += [(name, run, provider) for provider in providers]
     return jobs
 
@@ -192,6 +196,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, default_runs in (("steps", HEADLINE), ("contexts", ("llama-1b-context", "llama-8b-lora"))):
         command = commands.add_parser(name)
+        command.set_defaults(usual=USUAL[name])
         command.add_argument("--runs", nargs="+", choices=RUNS, default=list(default_runs), metavar="RUN")
         command.add_argument(
             "--providers", nargs="+", help=f"of {', '.join(PROVIDERS)}, ours with options as ours:a=1,b=2"

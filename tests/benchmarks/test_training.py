@@ -256,7 +256,7 @@ def test_dry_run_of_everything(tmp_path, capsys):
 
 
 def test_a_limit_of_memory_ends_in_a_row():
-    with Isolated(measurer, RUNS["llama-1b"].tiny(), "hf", 2**28) as process:
+    with Isolated(measurer, RUNS["llama-1b"].tiny(), "hf", 2**31) as process:
         request = {"what": "time", "warmup": 0, "steps": 1, "seconds": 1, "shares": False}
         with pytest.raises(IsolatedError, match="^out of memory$"):
-            process.ask(request | {"length": 2**20}, 120)
+            process.ask(request | {"length": 2**22}, 120)
