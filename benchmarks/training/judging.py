@@ -38,7 +38,9 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return self.excess <= MOST_EXCESS and self.drift <= MOST_DRIFT  # False where a number is NaN
+        return (
+            self.excess <= MOST_EXCESS and self.drift <= MOST_DRIFT
+        )  # a NaN in the run makes its drift NaN, which fails
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -68,8 +70,7 @@ def judge(candidate: Sequence[float], reference: Sequence[Sequence[float]], wind
     theirs = [smoothed(each, window) for each in reference]
     low, high = ([edge(values) for values in zip(*theirs)] for edge in (min, max))
     widths = [b - a for a, b in zip(low, high)]
-    # Written so that NaN in the candidate stays NaN.
-    outside = [a - x if x < a else x - b if x > b else x - x for x, a, b in zip(mine, low, high)]
-    at = max(range(len(outside)), key=lambda i: outside[i] if outside[i] == outside[i] else float("inf"))
+    outside = [a - x if x < a else x - b if x > b else 0.0 for x, a, b in zip(mine, low, high)]
+    at = max(range(len(outside)), key=outside.__getitem__)
     drift = mean(abs(x - twin) for x, twin in zip(mine, theirs[0]))
     return Verdict(outside[at] / median(widths), drift / mean(widths), at + window - 1)
