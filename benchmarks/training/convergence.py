@@ -80,7 +80,7 @@ def draw(record: Record, task: str, window: int, path: Path) -> Path | None:
                 values,
                 color=COLOURS["hf"],
                 linewidth=0.9,
-                label="Hugging Face, three seeds" if not seed else None,
+                label=f"Hugging Face, {len(theirs)} seeds" if not seed else None,
             )
         bottom.fill_between(
             steps,
@@ -102,6 +102,7 @@ def draw(record: Record, task: str, window: int, path: Path) -> Path | None:
         bottom.set_ylabel("distance from\nthe same seed", fontsize=9)
         bottom.set_ylim(bottom=0)
         bottom.set_xlabel("optimizer step")
+        bottom.xaxis.get_major_locator().set_params(integer=True)
         for axis in (top, bottom):
             axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False, fontsize=9)

@@ -72,7 +72,7 @@ def title_of(record: Record, run: str, row: Row | None = None) -> str:
 def bars(axis: Axes, rows: Sequence[Row], values: Sequence[float], label: str, form: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    names = [name_of(row["provider"]) for row in rows]
+    names = [name_of(row["provider"]).replace(", ", ",\n", 1) for row in rows]
     drawn = axis.barh(names, values, color=[colour_of(row["provider"]) for row in rows])
     axis.bar_label(drawn, labels=[form.format(value) for value in values], padding=3)
     axis.set_xlabel(label)
@@ -150,7 +150,7 @@ def draw_shares(record: Record, run: str, path: Path) -> Path | None:
     if not rows:
         return None
     figure, axis = pyplot().subplots(figsize=(9, 1.5 + 0.42 * len(rows)), layout="constrained")
-    names = [name_of(row["provider"]) for row in rows]
+    names = [name_of(row["provider"]).replace(", ", ",\n", 1) for row in rows]
     longest = max(sum(row["shares_ms"].values()) for row in rows)
     left = [0.0] * len(rows)
     for kind, colour in KIND_COLOURS.items():
@@ -205,7 +205,7 @@ def draw_contexts(record: Record, run: str, path: Path) -> Path | None:
     speed.yaxis.set_major_formatter("{x:,.0f}")
     found = [largest([row for row in rows if row["provider"] == provider]) for provider in providers]
     drawn = longest.barh(
-        [name_of(each) for each in providers],
+        [name_of(each).replace(", ", ",\n") for each in providers],
         [each[0] for each in found],
         color=[colour_of(each) for each in providers],
     )
