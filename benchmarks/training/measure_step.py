@@ -103,6 +103,7 @@ def measurer(run: Run, provider: str, limit_bytes: int | None = None) -> Callabl
             "patched": step.patched,
         }
         if request["shares"]:
+            trace(step, device)  # sets the profiler up, which would count as idle
             row["shares_ms"] = time_shares(trace(step, device))
         return row
 
