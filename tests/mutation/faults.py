@@ -288,8 +288,8 @@ FAULTS = [
     Fault(
         "head: weight's gradient accumulates in bf16",
         "_tiles",
-        "total.addmm_(transposed.to(total.dtype), hidden.to(total.dtype), beta=0 if first else 1)",
-        "total.copy_(transposed @ hidden + (0 if first else total.to(hidden.dtype)))",
+        "total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1)",
+        "total.copy_(a @ b + (0 if first else total.to(a.dtype)))",
         LCE,
     ),
     Fault(
