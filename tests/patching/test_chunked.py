@@ -7,9 +7,8 @@ import gc
 
 import pytest
 import torch
+from test_recompute import Made
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_trainer import apply_liger_kernel, plan, revert
 from liger_trainer.patching.chunked import chunked
@@ -17,21 +16,15 @@ from liger_trainer.patching.chunked import chunked
 H, WIDE = 8, 512
 
 
-class Peak(TorchDispatchMode):
+class Peak(Made):
     """The most bytes at once of what operations made inside."""
 
-    def __init__(self):
-        super().__init__()
-        self.alive, self.most = {}, 0
+    most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(each, torch.Tensor):
-                storage = each.untyped_storage()
-                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.storages.values()))
         return result
 
 
