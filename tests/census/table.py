@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["LIGER_KERNEL", "markdown", "summary"]
+__all__ = ["LIGER_KERNEL", "markdown", "shortfalls", "summary"]
 
 COLUMNS = {
     "rms_norm": "RMSNorm",
@@ -44,6 +44,12 @@ OUTCOMES = {
 }
 
 
+# What a census of all types must find at the least.
+LEAST_PASSED = {"causal": 175, "vision": 60}
+LEAST_CLASSES = {"RMSNorm and LayerNorm": 110, "MLP": 75, "experts": 50}
+LEAST_TYPES = {"RoPE": 100, "add + RMSNorm": 140}
+
+
 def _parts(result: dict[str, Any], field: str) -> dict[str, dict[tuple[str, str], int]]:
     """{kind: {(class, how or why): count}}"""
     found: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
@@ -73,6 +79,22 @@ def summary(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "types": {kind: len(names) for kind, names in types.items()},
         "with_images": images,
     }
+
+
+def shortfalls(found: dict[str, Any]) -> list[str]:
+    """In words, where a :func:`summary` of all types is below what it must be."""
+    short = [
+        f"{found['outcomes'].get(task, {}).get('passed', 0)} {task} types passed, at least {least} expected"
+        for task, least in LEAST_PASSED.items()
+        if found["outcomes"].get(task, {}).get("passed", 0) < least
+    ]
+    for field, least_of in (("classes", LEAST_CLASSES), ("types", LEAST_TYPES)):
+        for name, least in least_of.items():
+            count = sum(found[field].get(kind, 0) for kind, column in COLUMNS.items() if column in name.split(" and "))
+            if count < least:
+                short.append(f"{name} replaced in {count} {field}, at least {least} expected")
+    wrong = sum(counts.get("wrong", 0) for counts in found["outcomes"].values())
+    return short + ([f"{wrong} types are wrong"] if wrong else [])
 
 
 class _Notes:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import re
 
 import pytest
 import torch
 
 from liger_trainer import apply_liger_kernel, kernels
+from tests.census.__main__ import PAGE
 from tests.census.examine import TASKS, build, error, examine, model_types
-from tests.census.table import LIGER_KERNEL, markdown, summary
+from tests.census.table import COLUMNS, LIGER_KERNEL, markdown, shortfalls, summary
 
 # What users train most, and one of each way in which models differ.
 ALWAYS = {
@@ -100,11 +102,33 @@ class TestTheCensusItself:
         assert error({**exact, "loss": torch.tensor(float("nan"))}, exact) == float("inf")
         assert error({"loss": exact["loss"]}, exact) == float("inf")
 
+    def test_what_all_types_must_give(self):
+        """Of the page that the last census wrote, and of one that found less."""
+        page = PAGE.read_text(encoding="utf-8")
+        counts = re.search(r"Replaced were (.*)\.\n", page)[1]
+        found = {"outcomes": {}, "classes": {}, "types": {}}
+        for kind, column in COLUMNS.items():
+            match = re.search(rf"(?:^|, ){re.escape(column)} in (\d+) classes \((\d+) types\)", counts)
+            if match:
+                found["classes"][kind], found["types"][kind] = map(int, match.groups())
+        for task, words in (("causal", "causal language"), ("vision", "vision-language")):
+            passed, _, wrong, _ = re.search(rf"\| {words} models \|(.*)\|\n", page)[1].split("|")
+            found["outcomes"][task] = {"passed": int(passed), "wrong": int(wrong)}
+        assert shortfalls(found) == []
+        found["classes"]["mlp"], found["types"]["rope"] = 74, 99
+        found["outcomes"]["vision"] = {"passed": 59, "wrong": 1}
+        assert shortfalls(found) == [
+            "59 vision types passed, at least 60 expected",
+            "MLP replaced in 74 classes, at least 75 expected",
+            "RoPE replaced in 99 types, at least 100 expected",
+            "1 types are wrong",
+        ]
+
     def test_the_page(self):
         results = [examine("causal", "llama").as_dict(), examine("causal", "gpt_oss").as_dict()]
         page = markdown(results, {"torch": "1"})
-        assert "| llama | replaced (5) | – | replaced (2) | replaced (2) | – | replaced | text |" in page
-        assert "| gpt_oss | replaced (5) | – | replaced (2) | – | left alone [1] | replaced | text |" in page
+        assert "| llama | replaced (5) | – | replaced (2) | replaced (2) | replaced (2) | – | replaced | text |" in page
+        assert "| gpt_oss | replaced (5) | – | replaced (2) | replaced (2) | – | left alone [1] | replaced | text |" in page
         assert "1. `GptOssExperts`: its _apply_gate computes something else" in page
         assert "| mistral | mistral | not passed |" in page
         assert summary(results)["outcomes"] == {"causal": {"passed": 2}}
