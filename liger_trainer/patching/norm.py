@@ -413,13 +413,13 @@ def _joined(found: Recognised) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return kernels.rms_norm(x, weight, eps, offset=formula.offset, casting=formula.casting)
 
-    def serves(self: Any, *inputs: Tensor) -> bool:
-        if found.not_autocast and torch.is_autocast_enabled(inputs[0].device.type):
+    def serves(self: Any, a: Tensor, b: Tensor) -> bool:
+        if found.not_autocast and torch.is_autocast_enabled(a.device.type):
             return False
-        dtypes = {each.dtype for each in inputs}
-        if eps.attribute is not None and getattr(self, eps.attribute) is None and len(dtypes) > 1:
+        if found.not_mixed and not a.dtype == b.dtype == self.weight.dtype:
             return False
-        return not (found.not_mixed and dtypes != {self.weight.dtype})
+        # An eps that is None depends on the dtype, which is the sum's.
+        return a.dtype == b.dtype or eps.attribute is None or getattr(self, eps.attribute) is not None
 
     def add(self: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if not serves(self, a, b):
@@ -430,7 +430,7 @@ def _joined(found: Recognised) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return rebuildable(_owned(y), rms_norm, total, weight, value), total
 
     def fork(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not serves(self, x):
+        if not serves(self, x, x):
             return self.forward(x), x
         weight, value = self.weight if found.weighted else None, eps.of(self, x)
         y, same = kernels.rms_norm_and_residual(x, weight, value, offset=formula.offset, casting=formula.casting)

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_trainer import apply_liger_kernel, is_patched, kernels, plan, revert
 from liger_trainer.patching import residual_forward
@@ -120,6 +121,16 @@ class OfTwo(Layer):
         return self.norm1(x) + self.norm2(x)
 
 
+class InOneBlock(PreNorm):
+    def forward(self, x):
+        residual = x
+        x = self.norm1(x)
+        x = residual + self.block1(x)
+        residual = x
+        x = self.norm2(x)
+        return residual + self.block2(x)
+
+
 LAYERS = [PreNorm, Scaled, InOneStatement, Parallel, InABranch, OnlySometimes, NotOfTheSum, OfTwo]
 
 
@@ -205,6 +216,31 @@ def test_the_forward_rounds_where_it_did(dtype):
     exact = run(copy.deepcopy(layer).double(), x.double())
     for ours, theirs, truth in zip(run(joined, x), run(separate, x), exact, strict=True):
         assert (ours.double() - truth).norm() <= 1.2 * (theirs.double() - truth).norm() + 1e-3 * truth.norm()
+
+
+class Additions(TorchDispatchMode):
+    """Counts additions of whole tensors; those inside of a kernel are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += function in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and result.dim() > 1
+        return result
+
+
+@pytest.mark.parametrize(("joined", "forward", "backward"), [(True, 1, 0), (False, 2, 2)])
+def test_nothing_is_added_outside_of_the_kernels(joined, forward, backward):
+    """But for what leaves the layer."""
+    model, _ = patched(InOneBlock(), fused_add_rms_norm=joined)
+    x = torch.randn(2, 5, SIZE, requires_grad=True)
+    with Additions() as additions:
+        y = model(x)
+        assert additions.count == forward
+        torch.autograd.grad(y, [x, *model.parameters()], torch.ones_like(y))
+        assert additions.count == forward + backward
 
 
 class TestModels:
@@ -327,7 +363,7 @@ class TestLeftToTheStatements:
     def test_a_sum_that_broadcasts(self, calls):
         class Positions(Layer):
             def forward(self, x):
-                x = x + self.norm1.weight
+                x = x + self.norm1.weight * 1
                 return self.norm2(x)
 
         layer, x = Positions(), torch.randn(2, 5, SIZE)
