@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from test_norm_recogniser import KNOWN
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -216,6 +217,44 @@ def test_the_forward_rounds_where_it_did(dtype):
     exact = run(copy.deepcopy(layer).double(), x.double())
     for ours, theirs, truth in zip(run(joined, x), run(separate, x), exact, strict=True):
         assert (ours.double() - truth).norm() <= 1.2 * (theirs.double() - truth).norm() + 1e-3 * truth.norm()
+
+
+class Between(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.norm1, self.norm2 = make(), make()
+
+    def forward(self, x):
+        residual = x
+        x = self.norm1(x)
+        x = residual + x * 0.5
+        total = x
+        x = self.norm2(x)
+        return x, (total,)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float32,) * 2], ids=str
+)
+@pytest.mark.parametrize(("make", "kernel"), KNOWN[:11])
+def test_mixed_dtypes_and_autocast_give_what_the_statements_give(make, kernel, dtypes, autocast):
+    """With every kind of RMS norm; where its kernel must not serve, nor must the joined one."""
+    assert kernel.startswith("rms_norm")
+    x_dtype, weight_dtype = dtypes
+    layer = Between(make).to(weight_dtype)
+    model, report = patched(layer)
+    assert report.counts()[NAME] == 1
+    x = torch.randn(3, 7, 40, generator=torch.Generator().manual_seed(0)).to(x_dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        try:
+            theirs = run(layer, x)
+        except RuntimeError:
+            pytest.skip("PyTorch refuses this combination")
+        ours = run(model, x)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm()
 
 
 class Additions(TorchDispatchMode):
