@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_trainer import apply_liger_kernel, is_patched, kernels, plan, revert
 from liger_trainer.patching import residual_forward
+from liger_trainer.patching.norm import Eps, Formula, Recognised, _joined
 from liger_trainer.patching.residual_forward import Joints, joints_of
 
 SIZE = 16
@@ -411,6 +412,19 @@ class TestLeftToTheStatements:
         calls.taken()
         torch.testing.assert_close(run(model, x), run(layer, x), rtol=1e-5, atol=1e-5)
         assert calls.taken() == (0, 0)
+
+    def test_a_norm_whose_kernel_does_not_serve_under_autocast(self, calls):
+        found = Recognised(
+            Formula("rms_norm", 0.0, "llama"), Eps("eps"), weighted=True, biased=False, not_autocast=True
+        )
+        add, fork = _joined(found)
+        norm, x = RMSNorm(), torch.randn(5, SIZE)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(add(norm, x, x)[0], norm(x + x))
+            assert torch.equal(fork(norm, x)[0], norm(x))
+        assert calls.taken() == (0, 0)
+        add(norm, x, x), fork(norm, x)
+        assert calls.taken() == (1, 1)
 
 
 class TestLeftAlone:
