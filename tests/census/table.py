@@ -21,7 +21,8 @@ COLUMNS = {
 # The model types that Liger-Kernel 0.8.5 patches, by its MODEL_TYPE_TO_APPLY_LIGER_FN. A text model that transformers
 # has no causal or vision-language class for is part of the type in brackets.
 LIGER_KERNEL = {
-    "deepseek_v3": "deepseek_v3", "deepseek_v4": "deepseek_v4", "muse_glimmer": "muse_glimmer",
+    "deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3", "deepseek_v4": "deepseek_v4",
+    "muse_glimmer": "muse_glimmer",
     "exaone4": "exaone4", "falcon_h1": "falcon_h1", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3",
     "gemma3_text": "gemma3_text", "gemma4": "gemma4", "gemma4_text": "gemma4_text", "glm4": "glm4", "glm4v": "glm4v",
     "glm4v_moe": "glm4v_moe", "gpt_oss": "gpt_oss", "granite": "granite", "hunyuan_v1_dense": "hunyuan_v1_dense",
