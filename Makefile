@@ -6,6 +6,7 @@
 #
 # make test       the test suite
 # make coverage   the same, and which lines of liger_trainer it ran
+# make deepspeed  DeepSpeed, so that `make test` tests it too
 # make lint       ruff; make format writes what it can mend
 # make docs       the site, into build/site, without a warning
 # make wheel      build the wheel and run the quick start on it in an empty environment
@@ -31,7 +32,7 @@ READY := $(VENV)/.ready
 
 ALIGNMENT := dpo orpo cpo simpo kto distill grpo
 
-.PHONY: help sft $(ALIGNMENT) test coverage lint format docs wheel release benchmarks benchmark-report memory-report perf venv clean
+.PHONY: help sft $(ALIGNMENT) test coverage lint format docs wheel release benchmarks benchmark-report memory-report perf deepspeed venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -106,6 +107,11 @@ perf: $(READY)
 $(READY_BENCH): $(READY)
 	$(BIN)/pip install -e ".[bench]"
 	@touch $@
+
+# Without a compiler and without a GPU: its kernels are built when they are first used, which the tests don't.
+deepspeed: $(READY)
+	$(BIN)/pip install "setuptools<81" wheel hjson py-cpuinfo msgpack einops ninja psutil
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation --no-deps "deepspeed>=0.18"
 
 venv: $(READY)
 

@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def settings_that_help(trainer: Any, training: bool = True) -> list[str]:
-    """Settings of ``trainer`` that would take less memory in a step of training, or of evaluation, most effective first.
+    """Settings of ``trainer`` that take less memory in a step of training, or of evaluation, most effective first.
 
     Those that are in force already are left out.
     """
@@ -24,10 +24,12 @@ def settings_that_help(trainer: Any, training: bool = True) -> list[str]:
     asked = getattr(args, "liger_options", None)
     options: dict[str, Any] = (asked() if callable(asked) else None) or {}
     found = []
+    # transformers is about to rename the argument.
+    checkpointed = getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
     sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False)
-    if training and not args.gradient_checkpointing:
+    if training and not checkpointed:
         found.append("gradient_checkpointing=True: activations are recomputed in the backward pass")
-    if training and not args.gradient_checkpointing and options.get("recompute") != "cheap":
+    if training and not checkpointed and options.get("recompute") != "cheap":
         found.append("liger_config={'recompute': 'cheap'}: outputs of norms and gated activations are, at little cost")
     if options.get("fused_linear_cross_entropy") is False:
         found.append("liger_config without fused_linear_cross_entropy=False: no logits are kept then")

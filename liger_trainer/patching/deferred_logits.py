@@ -106,9 +106,9 @@ class Head:
         module = self.module()
         if module is not None and self.shard is not None:
             return local_head(module.weight, module.bias)[:2]
-        weight = None if module is None else sharding.gathered(module.weight)
+        weight: Any = None if module is None else sharding.gathered(module.weight)
         whole = weight is not None and weight.dim() == 2 and weight.shape[0] == self.n_classes
-        if not whole or (not compiling and sharding.is_freed(weight)):
+        if module is None or not whole or (not compiling and sharding.is_freed(weight)):
             raise RuntimeError(
                 "outputs.logits were not built, since the fused loss did not need them, and the LM head's weight is no "
                 "longer whole. Read the logits before the next forward or backward, or from a forward without labels, "

@@ -44,7 +44,8 @@ def _head_members(fused: bool, tile_bytes: int | None) -> dict[str, Any]:
         if self._liger_deferring is None or not _can_defer(self):
             return F.linear(input, self.weight, self.bias)
         logits = None if fused else F.linear(input, self.weight, self.bias)
-        return defer(self, input, logits=logits, tile_bytes=tile_bytes, weight_as=self._liger_deferring)
+        weight_as: Any = self._liger_deferring
+        return defer(self, input, logits=logits, tile_bytes=tile_bytes, weight_as=weight_as)
 
     return {"forward": forward, "_liger_deferring": None}
 

@@ -30,7 +30,7 @@ if torch.distributed.is_available():
     _FSDP1: tuple[Any, ...] = (FullyShardedDataParallel,)
     _FSDP2: tuple[Any, ...] = (FSDPModule,)
     _DTENSOR: tuple[Any, ...] = (DTensor,)
-    _FREEING = (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
+    _FREEING: tuple[Any, ...] = (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
 else:
     _FSDP1 = _FSDP2 = _DTENSOR = _FREEING = ()
 
@@ -60,7 +60,8 @@ def _units(head: nn.Module) -> Iterator[Any]:
         if isinstance(module, _FSDP1):
             module = module.module
         elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            yield from (unit for each in module.modules_to_save.values() for unit in _units(each))
+            saved: Any = module.modules_to_save
+            yield from (unit for each in saved.values() for unit in _units(each))
             return
         else:
             module = getattr(module, "base_layer", None)
@@ -109,4 +110,4 @@ def is_sharded(model: nn.Module) -> bool:
 
 def gathered(weight: Tensor) -> Tensor:
     """``weight`` as a whole; of a distributed tensor by communication, in which every rank has to take part."""
-    return weight.full_tensor() if isinstance(weight, _DTENSOR) else weight  # type: ignore[attr-defined]
+    return weight.full_tensor() if isinstance(weight, _DTENSOR) else weight

@@ -1,4 +1,4 @@
-"""Processes that stay: a group of them starts once, with gloo between them, and runs one function after the other.
+"""Processes that stay: a group of them starts once, with gloo or NCCL between them, and runs function after function.
 
 Starting a process costs seconds of imports, running a tiny model does not.
 """
@@ -19,13 +19,19 @@ import torch.distributed as dist
 TIMEOUT = 120.0  # seconds for one function; a hang ends here
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def _serve(rank: int, size: int, port: int, connection: Any) -> None:
+def device() -> torch.device:
+    """Where this process computes."""
+    kind = os.environ.get("GROUP_DEVICE", "cpu")
+    return torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind != "cpu" else torch.device("cpu")
+
+
+def _serve(rank: int, size: int, port: int, kind: str, connection: Any) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -33,11 +39,15 @@ def _serve(rank: int, size: int, port: int, connection: Any) -> None:
         LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
+        DS_ACCELERATOR=kind,
+        GROUP_DEVICE=kind,
         HF_HUB_OFFLINE="1",
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
     while True:
         try:
             function, arguments = connection.recv()
@@ -52,16 +62,17 @@ def _serve(rank: int, size: int, port: int, connection: Any) -> None:
 class Group:
     """``size`` processes; :meth:`run` calls a function in each of them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: str = "cpu") -> None:
         self.size = size
+        self.device = device
         self._processes: list[Any] = []
         self._connections: list[Any] = []
 
     def _start(self) -> None:
-        context, port = multiprocessing.get_context("spawn"), _free_port()
+        context, port = multiprocessing.get_context("spawn"), free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, port, self.device, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -60,7 +60,9 @@ SOME = [Wrapping("fsdp1", "alone"), Wrapping("fsdp2"), Wrapping("fsdp2", "alone"
 
 MATRIX = [Run(wrapping) for wrapping in ROOT + NORM + ALONE]
 # FSDP1 takes tied weights apart unless one unit has both.
-MATRIX += [Run(wrapping, tied=True) for wrapping in ROOT + NORM + ALONE if (wrapping.kind, wrapping.head) != ("fsdp1", "alone")]
+MATRIX += [
+    Run(wrapping, tied=True) for wrapping in ROOT + NORM + ALONE if (wrapping.kind, wrapping.head) != ("fsdp1", "alone")
+]
 
 
 @pytest.mark.parametrize("run", cases(*MATRIX))

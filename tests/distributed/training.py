@@ -13,6 +13,8 @@ from tiny_models import sequences, tiny_llama
 from torch import Tensor, nn
 
 from liger_trainer import apply_liger_kernel, is_patched
+from liger_trainer.patching.deferred_logits import DeferredLogits
+from tests.distributed.group import device
 from tests.distributed.wrappings import Wrapping, wrapped
 
 ROWS, STEPS = 8, 3
@@ -98,6 +100,9 @@ def train(run: Run) -> Outcome | None:
     """Returns None but in the first process."""
     rank, size = (0, 1) if run.wrapping is None else (dist.get_rank(), dist.get_world_size())
     model = build(run)
+    where = torch.device("cpu") if run.wrapping is None else device()
+    if run.wrapping is not None and not run.wrapping.cpu_offload:
+        model.to(where)
     if run.patched and not run.late:
         apply_liger_kernel(model, **dict(run.options))
     if run.patched and run.preferences:
@@ -111,11 +116,11 @@ def train(run: Run) -> Outcome | None:
     silent_from = ROWS - ROWS // _processes(run) if run.silent else None
     share = ROWS // size
     for step in range(STEPS):
-        whole = batch(step, silent_from, run.shifted)
+        whole = {name: each.to(where) for name, each in batch(step, silent_from, run.shifted).items()}
         num_items = labels_in(whole)
         mine = {name: each[rank * share : (rank + 1) * share] for name, each in whole.items()}
         part = share // run.accumulate
-        total = torch.zeros(())
+        total = torch.zeros((), device=where)
         with ExitStack() as stack:
             profiler = None
             if step == STEPS - 1 and size > 1:
@@ -130,14 +135,14 @@ def train(run: Run) -> Outcome | None:
                     total += loss.detach() / size
                     spread.backward(loss * (size if run.wrapping is not None else 1), last)
             if step == 0:
-                outcome.gradients = spread.gradients()
+                outcome.gradients = _on_cpu(spread.gradients())
             spread.step()
         if profiler is not None:
             outcome.collectives = _collectives(profiler)
         if size > 1:
             dist.all_reduce(total)
         outcome.losses.append(float(total) * size)
-    outcome.parameters = spread.parameters()
+    outcome.parameters = _on_cpu(spread.parameters())
     _evaluate(run, spread, outcome, rank, share)
     return outcome if rank == 0 else None
 
@@ -161,6 +166,10 @@ def _loss(run: Run, model: nn.Module, inputs: dict[str, Tensor], num_items: Tens
     return -torch.nn.functional.logsigmoid(0.1 * (log_probs[::2] - log_probs[1::2])).sum() / (ROWS // 2)
 
 
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each.detach().cpu() for name, each in tensors.items()}
+
+
 def _processes(run: Run) -> int:
     return dist.get_world_size() if dist.is_initialized() else 2
 
@@ -172,7 +181,8 @@ def _collectives(profiler: Any) -> dict[str, int]:
 
 def _evaluate(run: Run, spread: Any, outcome: Outcome, rank: int, share: int) -> None:
     """An evaluation; then two whose logits are read when both are through, and a forward for training that is read."""
-    whole = batch(STEPS, shifted=run.shifted)
+    where = torch.device("cpu") if run.wrapping is None else device()
+    whole = {name: each.to(where) for name, each in batch(STEPS, shifted=run.shifted).items()}
     mine = {name: each[rank * share : (rank + 1) * share] for name, each in whole.items()}
     spread.model.eval()
     with torch.no_grad():
@@ -183,12 +193,14 @@ def _evaluate(run: Run, spread: Any, outcome: Outcome, rank: int, share: int) ->
         if run.preferences:  # whose evaluation goes through the same forward as its training
             return
         outputs = [spread.model(**mine) for _ in range(2)]
-        outcome.logits = outputs[1].logits.float().clone()
+        outcome.logits = outputs[1].logits.float().cpu().clone()
     del outputs
     spread.model.train()
     outputs = spread.model(**mine)
+    if run.adapters in ("", "lora"):
+        assert isinstance(outputs.logits, DeferredLogits) == run.patched
     with torch.no_grad():
-        outcome.read_in_training = (outputs.logits + 0).float()
+        outcome.read_in_training = (outputs.logits + 0).float().cpu()
     spread.backward(outputs.loss)
     spread.step()
 

@@ -26,6 +26,8 @@ from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
+from tests.distributed.group import device
+
 LEARNING_RATE, MOMENTUM = 0.2, 0.9
 
 
@@ -53,7 +55,9 @@ class Wrapping:
 class Plain:
     """One process: what the others are compared with. Subclasses wrap the model."""
 
-    def __init__(self, model: nn.Module, wrapping: Wrapping | None = None, learning_rate: float = LEARNING_RATE) -> None:
+    def __init__(
+        self, model: nn.Module, wrapping: Wrapping | None = None, learning_rate: float = LEARNING_RATE
+    ) -> None:
         self.model = self.inner = model
         self.wrap(wrapping)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -89,6 +93,13 @@ class Ddp(Plain):
         return self.model.no_sync()
 
 
+def _mesh(hybrid: bool) -> Any:
+    kind, size = device().type, dist.get_world_size()
+    if hybrid:
+        return init_device_mesh(kind, (size // 2, 2), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(kind, (size,))
+
+
 def _layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
 
@@ -110,7 +121,7 @@ class Fsdp1(Plain):
             (True, True): ShardingStrategy.HYBRID_SHARD,
             (False, True): ShardingStrategy._HYBRID_SHARD_ZERO2,
         }
-        mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
+        mesh = _mesh(hybrid=True)
         half = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.bfloat16)
         self.model = FullyShardedDataParallel(
             self.model,
@@ -120,7 +131,7 @@ class Fsdp1(Plain):
             mixed_precision=half if wrapping.bf16 else None,
             cpu_offload=CPUOffload(wrapping.cpu_offload),
             use_orig_params=wrapping.original_parameters,
-            device_id=torch.device("cpu"),
+            device_id=device(),
         )
         self.original_parameters = wrapping.original_parameters
         wrapped = FullyShardedDataParallel.fsdp_modules(self.model)
@@ -153,14 +164,11 @@ def _name(name: str) -> str:
 
 class Fsdp2(Plain):
     def wrap(self, wrapping: Wrapping) -> None:
-        size = dist.get_world_size()
-        names = {"mesh_dim_names": ("replicate", "shard")}
-        mesh = init_device_mesh("cpu", (size // 2, 2), **names) if wrapping.hybrid else init_device_mesh("cpu", (size,))
-        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": wrapping.reshard}
+        options: dict[str, Any] = {"mesh": _mesh(wrapping.hybrid), "reshard_after_forward": wrapping.reshard}
         if wrapping.bf16:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if wrapping.cpu_offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device().type != "cpu")
         for layer in _layers(self.model):
             fully_shard(layer, **options)
         lm = _causal_lm(self.model)
@@ -187,7 +195,9 @@ class Fsdp2(Plain):
 
 
 class Zero(Plain):
-    def __init__(self, model: nn.Module, wrapping: Wrapping, learning_rate: float = LEARNING_RATE, steps: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, wrapping: Wrapping, learning_rate: float = LEARNING_RATE, steps: int = 1
+    ) -> None:
         import deepspeed
 
         self.inner = model
