@@ -70,7 +70,7 @@ def test_the_same_training_on_two_processes(two_processes: Group, run: Run) -> N
     check(two_processes.run(train, run)[0], run)
 
 
-FOUR = [Wrapping("ddp"), Wrapping("fsdp1", hybrid=True), Wrapping("fsdp2", "alone", hybrid=True), Wrapping("zero3")]
+FOUR = [Wrapping("ddp"), Wrapping("fsdp1", hybrid=True), Wrapping("fsdp2", "alone", hybrid=True)]
 
 
 @pytest.mark.parametrize("run", cases(*map(Run, FOUR)))

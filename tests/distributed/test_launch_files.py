@@ -60,7 +60,7 @@ LAYERS = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     ("fsdp", "config", "version"),
     [
         (True, None, 2),
-        (True, {"reshard_after_forward": False}, 2),
+        pytest.param(True, {"reshard_after_forward": False}, 2, marks=pytest.mark.slow),
         ("full_shard auto_wrap", {f"fsdp_{name}": value for name, value in LAYERS.items()}, None),
         (True, {"version": 1, **LAYERS}, 1),
     ],
