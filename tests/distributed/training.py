@@ -26,7 +26,7 @@ class Run:
 
     ``adapters``: "", "lora" on the layers, "save" for the head in
     ``modules_to_save`` besides, "head" for one on the head. ``silent``: the last
-    rank's share of the batch has no labels. ``accumulate``: parts of a step's batch, all but the last without
+    half of the batch has no labels. ``accumulate``: parts of a step's batch, all but the last without
     synchronisation. ``preferences``: the loss is DPO's, of the even rows over the odd ones.
     """
 
@@ -113,7 +113,7 @@ def train(run: Run) -> Outcome | None:
         apply_liger_kernel(model, **dict(run.options))
     assert is_patched(model) == run.patched
     outcome = Outcome()
-    silent_from = ROWS - ROWS // _processes(run) if run.silent else None
+    silent_from = ROWS // 2 if run.silent else None
     share = ROWS // size
     for step in range(STEPS):
         whole = {name: each.to(where) for name, each in batch(step, silent_from, run.shifted).items()}
@@ -168,10 +168,6 @@ def _loss(run: Run, model: nn.Module, inputs: dict[str, Tensor], num_items: Tens
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: each.detach().cpu() for name, each in tensors.items()}
-
-
-def _processes(run: Run) -> int:
-    return dist.get_world_size() if dist.is_initialized() else 2
 
 
 def _collectives(profiler: Any) -> dict[str, int]:
