@@ -4,7 +4,7 @@
 # make distill                      teach some of its layers by all of them
 # make grpo                         reward sampled answers
 #
-# make test       the test suite
+# make test       the test suite; WORKERS=4 runs it in so many processes
 # make coverage   the same, and which lines of liger_trainer it ran
 # make deepspeed  DeepSpeed, so that `make test` tests it too
 # make lint       ruff; make format writes what it can mend
@@ -44,8 +44,11 @@ sft: $(READY)
 $(ALIGNMENT): $(READY)
 	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml recipes/$@.py $(ARGS)
 
+# A GPU is one for all: there the tests run one after the other.
+WORKERS ?= $(shell command -v nvidia-smi >/dev/null && echo 0 || echo 2)
+
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 coverage: $(READY)
 	rm -f .coverage .coverage.*

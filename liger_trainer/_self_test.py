@@ -89,6 +89,12 @@ def _cases() -> list[_Case]:
             for c in ("llama", "gemma", "none")
         ),
         _Case("add_rms_norm", lambda t: k.add_rms_norm(t["x"], t["residual"], t["weight"]), {**norm, "residual": rows}),
+        _Case(
+            "rms_norm_and_residual",
+            # Both results in one: an upstream gradient for each, and no result that is the input.
+            lambda t: tuple(2 * each for each in k.rms_norm_and_residual(t["x"], t["weight"])),
+            norm,
+        ),
         _Case("layer_norm", lambda t: k.layer_norm(t["x"], t["weight"], t["bias"]), {**norm, "bias": (WIDTH,)}),
         *(
             _Case(

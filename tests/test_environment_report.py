@@ -56,7 +56,7 @@ def test_a_wrong_kernel_is_named(fault, capsys: pytest.CaptureFixture[str], monk
     assert re.search(r"rms_norm +registered and torch\n", said)
     failed = re.search(r"VERDICT: (\d+) of \d+ checks FAILED on cpu: (.*)\.\n", said)
     assert failed is not None
-    assert {each.split()[0] for each in failed[2].split(", ")} == {"rms_norm"}
+    assert {each.split()[0] for each in failed[2].split(", ")} == {"rms_norm", "rms_norm_and_residual"}
     assert ("no such instruction" in said) == (fault is raising_norm)
 
 

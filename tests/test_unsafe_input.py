@@ -28,6 +28,9 @@ RUNS_CODE = {
     "yaml.unsafe_load",
 }
 
+# A layer's own source is rewritten and compiled again, once it is known to be the source of the code that runs.
+COMPILES = {"patching/residual_forward.py": {"compile", "exec"}}
+
 
 def calls(source: Path) -> set[str]:
     tree = ast.parse(source.read_text(encoding="utf-8"), str(source))
@@ -36,7 +39,8 @@ def calls(source: Path) -> set[str]:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_nothing_runs_what_it_reads(source: Path) -> None:
-    assert not calls(source) & RUNS_CODE
+    allowed = COMPILES.get(source.relative_to(PACKAGE).as_posix(), set())
+    assert calls(source) & RUNS_CODE == allowed
 
 
 def test_the_search_finds_them(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def layers(
             again = functools.partial(_first_difference, verify, tuple(paths[name] for name in children))
             parameters = [p for name in children for p in module.get_submodule(name).parameters()]
             checked = probe_dtypes(parameters) if check else ()
-            yield _Bound(module, model, path, f"add_rms_norm({_counted(joints, children)})", checked, again)
+            yield _Bound(module, path, f"add_rms_norm({_counted(joints, children)})", checked, again)
         else:
             yield Skip(KIND, path, stock_class(module).__name__, reason)
 
@@ -127,7 +127,6 @@ class _Bound:
     """A layer whose instance has the joined forward."""
 
     module: nn.Module = field(repr=False)
-    model: nn.Module = field(repr=False)
     path: str
     kernel: str
     checked: tuple[torch.dtype, ...]
@@ -144,30 +143,29 @@ class _Bound:
         return _is_ours(vars(self.module).get("forward"))
 
     def apply(self) -> None:
-        self.module.forward = types.MethodType(_forward(type(self.module).forward), self.module)
-        if _bind_replicas not in self.model._forward_pre_hooks.values():
-            self.model.register_forward_pre_hook(_bind_replicas)
+        _bind(self.module, _forward(type(self.module).forward))
 
     def revert(self) -> None:
         remove(self.module)
 
 
-def _bind_replicas(model: nn.Module, inputs: Any) -> None:
-    """A hook before the forward of a patched model.
+def _bind(module: nn.Module, forward: Any) -> None:
+    module.forward = types.MethodType(forward, module)
+    module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
 
-    nn.DataParallel copies the attributes of its modules, a bound forward among them, into replicas on other devices.
-    """
-    if getattr(model, "_is_replica", False):
-        for module in model.modules():
-            bound = vars(module).get("forward")
-            if isinstance(bound, types.MethodType) and _is_ours(bound):
-                module.forward = types.MethodType(bound.__func__, module)
+
+# Methods that are bound on an instance are pickled by name, so that a pickle reads as the stock layer.
+def _replicate_for_data_parallel(self: nn.Module) -> Any:
+    """nn.DataParallel's copy of a layer for another device, whose attributes it shares: bound methods would run on
+    the original."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    _bind(replica, vars(self)["forward"].__func__)
+    return replica
 
 
 def remove(module: nn.Module) -> None:
-    """Take this file's forward and hook off a module; without effect where there are none."""
+    """Take what this file has bound off a module; without effect where there is nothing."""
     bound = vars(module).get("forward")
-    if _is_ours(bound) or (bound is not None and _is_its_own(bound, module)):
+    if bound is not None and (_is_ours(bound) or _is_its_own(bound, module)):
         del module.forward
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _bind_replicas]:
-        del module._forward_pre_hooks[key]
+        vars(module).pop("_replicate_for_data_parallel", None)

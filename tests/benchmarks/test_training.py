@@ -192,7 +192,8 @@ def test_memory_over_the_time_of_a_step():
     mib = 2**20
     assert len(found["mb"]) == 400 and list(found["phases"]) == ["forward", "backward", "optimizer"]
     assert min(found["mb"]) >= 12 * mib / 1e6 - 0.1  # weight and moments are always there
-    assert found["mb"][-1] == pytest.approx(16 * mib / 1e6, abs=0.1)  # and the gradient, until the end
+    begun = int(len(found["mb"]) * found["phases"]["optimizer"][0] / found["ms"]) + 1
+    assert max(found["mb"][begun:]) == pytest.approx(16 * mib / 1e6, abs=0.1)  # and the gradient, until it is let go
     # Forward: the exponential is kept, the product is not; in the backward at the least the gradient comes on top.
     assert 20 * mib <= found["peak_bytes"] <= 40 * mib
     assert max(found["mb"]) == pytest.approx(found["peak_bytes"] / 1e6, abs=0.1)

@@ -9,6 +9,15 @@ import pytest
 from tests.distributed.group import Group
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """DeepSpeed compiles an op of its own when it starts. A process that dies at that leaves a lock behind, for which
+    all later ones would wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def two_processes() -> Iterator[Group]:
     group = Group(2)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120.0  # seconds for one function; a hang ends here
+TIMEOUT = 240.0  # seconds for one function, DeepSpeed's compiling included; a hang ends here
 
 
 def free_port() -> int:

@@ -7,11 +7,11 @@ import gc
 
 import pytest
 import torch
-from test_recompute import Made
 from torch import nn
 
 from liger_trainer import apply_liger_kernel, plan, revert
 from liger_trainer.patching.chunked import chunked
+from tests.patching.test_recompute import Made
 
 H, WIDE = 8, 512
 

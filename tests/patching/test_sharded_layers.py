@@ -7,12 +7,12 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import build, errors, loss_and_gradients
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from liger_trainer import apply_liger_kernel, kernels
+from tests.patching.conftest import build, errors, loss_and_gradients
 
 OPTIONS = {"recompute": "cheap", "mlp_chunk_tokens": 4, "check": False}
 # How the model is sharded, and whether its layers are checkpointed.
