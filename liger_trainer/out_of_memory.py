@@ -31,6 +31,8 @@ def settings_that_help(trainer: Any, training: bool = True) -> list[str]:
         found.append("gradient_checkpointing=True: activations are recomputed in the backward pass")
     if training and not checkpointed and options.get("recompute") != "cheap":
         found.append("liger_config={'recompute': 'cheap'}: outputs of norms and gated activations are, at little cost")
+    if training and checkpointed and options.get("mlp_chunk_tokens") is None and options.get("mlp") is not False:
+        found.append("liger_config={'mlp_chunk_tokens': 8192}: an MLP works on so many tokens at a time")
     if options.get("fused_linear_cross_entropy") is False:
         found.append("liger_config without fused_linear_cross_entropy=False: no logits are kept then")
     which = "train" if training else "eval"

@@ -40,6 +40,7 @@ def test_training_names_what_is_not_in_force_yet(tmp_path: Path) -> None:
         "'tile_bytes': 134217728",
     ):
         assert each in said
+    assert "mlp_chunk_tokens" not in said  # checkpointing comes first
 
 
 def test_training_names_nothing_that_is_in_force(tmp_path: Path) -> None:
@@ -51,6 +52,7 @@ def test_training_names_nothing_that_is_in_force(tmp_path: Path) -> None:
         failing.train()
     said = notes(caught.value)
     assert "gradient_checkpointing" not in said and "recompute" not in said and "batch_size" not in said
+    assert "'mlp_chunk_tokens': 8192" in said
     assert "'tile_bytes': 1048576" in said and "1 MiB of logits at a time in place of 4 MiB" in said
 
 
