@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["renamed_like", "takes_one_input"]
+__all__ = ["HiddenFunctionError", "redecorated", "renamed_like", "takes_one_input"]
+
+
+class HiddenFunctionError(Exception):
+    """A decorator does not say what it decorates."""
+
+    def __init__(self) -> None:
+        super().__init__("a decorator of its forward hides what it decorates")
+
+
+def redecorated(forward: Any, change: Callable[[Any], Any]) -> Any:
+    """``change(function)`` inside of the decorators that forward has around its function, each of them a copy.
+
+    Raises:
+        HiddenFunctionError: a decorator does not hold what it decorates in its closure, once, as ``functools.wraps``
+            names it.
+    """
+    inner = getattr(forward, "__wrapped__", None)
+    if inner is None:
+        return change(forward)
+    cells = getattr(forward, "__closure__", None) or ()
+    holds = [i for i, cell in enumerate(cells) if _contents(cell) is inner]
+    if not isinstance(forward, types.FunctionType) or len(holds) != 1:
+        raise HiddenFunctionError
+    new = redecorated(inner, change)
+    closure = tuple(types.CellType(new) if i == holds[0] else cell for i, cell in enumerate(cells))
+    copied = types.FunctionType(forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, closure)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    functools.update_wrapper(copied, new)
+    return copied
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty one
+        return None
 
 
 def takes_one_input(forward: Callable[..., Any]) -> bool:

@@ -32,6 +32,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .forwards import HiddenFunctionError, redecorated
+
 __all__ = ["ADD", "FORK", "Joints", "joined", "joints_of"]
 
 # Members of a patched norm's class: (a, b) -> (norm(a + b), a + b) and x -> (norm(x), x).
@@ -78,26 +80,10 @@ def joined(forward: Any) -> Any:
     Raises:
         RewriteError: a decorator does not say what it decorates.
     """
-    inner = getattr(forward, "__wrapped__", None)
-    if inner is None:
-        return _rewrite(forward)[0]
-    cells = forward.__closure__ or ()
-    holds = [i for i, cell in enumerate(cells) if _contents(cell) is inner]
-    if not isinstance(forward, types.FunctionType) or len(holds) != 1:
-        raise RewriteError("a decorator of its forward hides what it decorates")
-    new = joined(inner)
-    closure = tuple(types.CellType(new) if i == holds[0] else cell for i, cell in enumerate(cells))
-    copied = types.FunctionType(forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, closure)
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    functools.update_wrapper(copied, new)
-    return copied
-
-
-def _contents(cell: types.CellType) -> Any:
     try:
-        return cell.cell_contents
-    except ValueError:  # an empty one
-        return None
+        return redecorated(forward, lambda function: _rewrite(function)[0])
+    except HiddenFunctionError as reason:
+        raise RewriteError(str(reason)) from None
 
 
 def add_norm(norm: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from .class_swap import stock_class
+from .forwards import HiddenFunctionError, redecorated
 from .memory import Trial
 from .options import Options
 from .probe import compute_device, probe_dtypes, training_dtype
@@ -68,7 +69,7 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
                 reasons[name] = reason
         if bindings:
             kernel = " or ".join(dict.fromkeys(str(found) for *_, found in bindings))
-            members = functools.partial(_members, undecorated, tuple(bindings))
+            members = functools.partial(_members, forward, tuple(bindings))
             checked = probe_dtypes(list(module.parameters()))
             trial = functools.partial(_trial, module, *bindings[0])
             verify = functools.partial(_verify, module, tuple(bindings))
@@ -102,18 +103,19 @@ def _obstacle(module: nn.Module, forward: Any, undecorated: types.FunctionType, 
     """Why name can't be bound anew in the forward of module's class."""
     if "forward" in vars(module):
         return "its forward is set on the instance, as device hooks and kernelize do"
-    if forward is not undecorated:
-        return "its forward is decorated"
-    uses = {i.opname for i in dis.get_instructions(forward) if i.opcode in dis.hasname and i.argval == name}
+    try:
+        redecorated(forward, lambda function: function)
+    except HiddenFunctionError as reason:
+        return str(reason)
+    uses = {i.opname for i in dis.get_instructions(undecorated) if i.opcode in dis.hasname and i.argval == name}
     if uses != {"LOAD_GLOBAL"}:
         return f"its forward uses the name {name} for something else as well"
     return None
 
 
-def _members(
-    forward: types.FunctionType, bindings: tuple[tuple[str, Any, Rotation | ComplexRotation], ...]
-) -> dict[str, Any]:
-    names = {name: _new_global(forward.__globals__, name, bind(function, found)) for name, function, found in bindings}
+def _members(forward: Any, bindings: tuple[tuple[str, Any, Rotation | ComplexRotation], ...]) -> dict[str, Any]:
+    namespace = inspect.unwrap(forward).__globals__
+    names = {name: _new_global(namespace, name, bind(function, found)) for name, function, found in bindings}
     return {"forward": _with_globals(forward, tuple(names.items()))}
 
 
@@ -127,18 +129,23 @@ def _new_global(namespace: dict[str, Any], name: str, bound: Any) -> str:
 
 
 @functools.cache
-def _with_globals(forward: types.FunctionType, new_names: tuple[tuple[str, str], ...]) -> types.FunctionType:
-    """A copy of forward, on the same globals, that reads the second of each pair of names where forward reads the
-    first."""
-    code, new = forward.__code__, dict(new_names)
-    names = tuple(new.get(name, name) for name in code.co_names)
-    copied = types.FunctionType(
-        code.replace(co_names=names), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    functools.update_wrapper(copied, forward)
-    del vars(copied)["__wrapped__"]  # a decorator's mark, by which others would unwrap to the original
-    return copied
+def _with_globals(forward: Any, new_names: tuple[tuple[str, str], ...]) -> Any:
+    """A copy of forward, decorators included, on the same globals, whose function reads the second of each pair of
+    names where it read the first."""
+    new = dict(new_names)
+
+    def renamed(function: types.FunctionType) -> types.FunctionType:
+        code = function.__code__
+        code = code.replace(co_names=tuple(new.get(name, name) for name in code.co_names))
+        copied = types.FunctionType(
+            code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        copied.__kwdefaults__ = function.__kwdefaults__
+        functools.update_wrapper(copied, function)
+        del vars(copied)["__wrapped__"]  # a decorator's mark, by which others would unwrap to the original
+        return copied
+
+    return redecorated(forward, renamed)
 
 
 def _trial(

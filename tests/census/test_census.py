@@ -26,11 +26,13 @@ ALWAYS = {
 }  # fmt: skip
 ROTATING = {"causal": 40, "vision": 12}
 
-# The types that do not pass, with a piece of the reason that the census gives.
+# Types whose untouched model does not run in a release of transformers, with a piece of its error.
+BROKEN = {"llama4": "no attribute 'image_outputs'"}  # 5.24
+# The types that do not pass, with a piece of the reason that the census gives; releases of transformers differ.
 KNOWN = {
     ("causal", "gemma3n"): "timm",
     ("causal", "gemma4_assistant"): "hidden_size_per_layer_input",
-    ("causal", "gemma4_unified_assistant"): "layer types producing a cache",
+    ("causal", "gemma4_unified_assistant"): "layer types producing a cache|shared_kv_states",  # since transformers 5.24
     ("causal", "musicgen"): "the fused head did not run",
     ("causal", "musicgen_melody"): "the fused head did not run",
     ("causal", "prophetnet"): "the fused head did not run",
@@ -54,7 +56,8 @@ def share() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("task", "model_type"), share())
 def test_share(task, model_type):
     result = examine(task, model_type)
-    if result.outcome == "not built" and model_type not in ALWAYS[task]:
+    broken = model_type in BROKEN and BROKEN[model_type] in result.reason
+    if result.outcome == "not built" and (broken or model_type not in ALWAYS[task]):
         pytest.skip(result.reason)
     assert result.outcome == "passed", f"{result.reason}; {result.errors}"
 
@@ -63,7 +66,7 @@ def test_share(task, model_type):
 def test_what_does_not_pass_is_right_all_the_same(known, reason):
     result = examine(*known)
     assert result.outcome in ("not built", "not replaced")
-    assert reason in result.reason
+    assert any(piece in result.reason for piece in reason.split("|"))
 
 
 def test_what_liger_kernel_patches_is_known_to_transformers():

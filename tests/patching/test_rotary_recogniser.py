@@ -333,17 +333,45 @@ def test_functions_of_four_arguments_that_are_no_rotary_are_passed_over():
     assert not plan(model).skipped
 
 
-def test_a_decorated_forward_is_left_alone():
-    module = attention(half)
-    inner = type(module).forward
+def test_decorators_of_a_forward_stay(calls):
+    """As those of transformers that rename an argument."""
+    module, inputs = attention(half), tensors()
+    theirs, seen = run(module, inputs), []
 
-    @functools.wraps(inner)
+    def noting(mark):
+        def decorate(function):
+            @functools.wraps(function)
+            def wrapper(self, *args, **kwargs):
+                seen.append(mark)
+                return function(self, *args, **kwargs)
+
+            return wrapper
+
+        return decorate
+
+    stock = type(module).forward = noting("outer")(noting("inner")(type(module).forward))
+    apply_liger_kernel(module)
+    assert_same(run(module, inputs), theirs, 1e-6)
+    served = len(calls)
+    assert served and seen == ["outer", "inner"]
+    assert inspect.signature(type(module).forward) == inspect.signature(stock)
+    revert(module)
+    assert type(module).forward is stock
+    assert_same(run(module, inputs), theirs, 0)
+    assert len(calls) == served
+
+
+def test_a_forward_that_a_decorator_hides_is_left_alone():
+    module = attention(half)
+    inner = {"function": type(module).forward}
+
+    @functools.wraps(inner["function"])
     def wrapper(self, *args):
-        return inner(self, *args)
+        return inner["function"](self, *args)
 
     type(module).forward = wrapper
     (entry,) = plan(nn.ModuleDict({"attn": module})).skipped
-    assert entry.reason == "apply_rotary_pos_emb: its forward is decorated"
+    assert entry.reason == "apply_rotary_pos_emb: a decorator of its forward hides what it decorates"
 
 
 def test_a_name_with_another_use_is_left_alone():
@@ -383,14 +411,16 @@ def test_forward_keeps_its_signature_defaults_and_globals(tiny):
     model = tiny("Llama")
     attn = model.model.layers[0].self_attn
     before = type(attn).forward
-    rotary_function = before.__globals__["apply_rotary_pos_emb"]
+    inner = inspect.unwrap(before)
+    rotary_function = inner.__globals__["apply_rotary_pos_emb"]
     apply_liger_kernel(model, **ONLY_ROPE)
     after = type(attn).forward
     assert inspect.signature(after) == inspect.signature(before)
-    assert after.__globals__ is before.__globals__
-    assert after.__globals__["apply_rotary_pos_emb"] is rotary_function
+    assert inspect.unwrap(after).__globals__ is inner.__globals__
+    assert inner.__globals__["apply_rotary_pos_emb"] is rotary_function
     assert after.__annotations__ == before.__annotations__
-    assert not hasattr(after, "__wrapped__")
+    assert inspect.unwrap(after) is not inner
+    assert hasattr(after, "__wrapped__") == hasattr(before, "__wrapped__")  # decorators, as those of transformers 5.24
 
 
 @pytest.mark.parametrize(
