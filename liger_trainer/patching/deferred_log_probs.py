@@ -40,6 +40,7 @@ def likeliest_classes(logits: DeferredLogits) -> Tensor | None:
             max_valid=labels.numel(),
             tile_bytes=logits.head.tile_bytes,
             compute_dtype=logits.head.compute_dtype,
+            vocab_shard=logits.head.shard_of(logits.transform.n_classes),
             **logits.transform.loss_options(),
         )
     assert isinstance(output, CrossEntropyOutput) and output.predicted_tokens is not None

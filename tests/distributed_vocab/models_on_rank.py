@@ -131,6 +131,10 @@ def log_probs_of_rows() -> None:
     found = F.cross_entropy(cut.view(-1, VOCAB - 20), labels)
     whole = F.linear(hidden, untouched.lm_head.weight)[..., : VOCAB - 20]
     torch.testing.assert_close(found, F.cross_entropy(whole.flatten(0, 1), labels), rtol=1e-5, atol=1e-5)
+    with logits_rows() as seen:
+        likeliest = model.lm_head(hidden)[..., : VOCAB - 20].argmax(-1)
+    assert seen.rows == 0
+    assert torch.equal(likeliest, whole.argmax(-1))
 
 
 def transformers_plan(folder: str) -> dict[str, int]:
