@@ -50,11 +50,11 @@ def _serve(rank: int, size: int, port: int, kind: str, connection: Any) -> None:
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
     while True:
         try:
-            function, arguments = connection.recv()
+            function, arguments, options = connection.recv()
         except EOFError:
             return
         try:
-            connection.send((function(*arguments), None))
+            connection.send((function(*arguments, **options), None))
         except BaseException:
             connection.send((None, traceback.format_exc()))
 
@@ -78,8 +78,8 @@ class Group:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``function(*arguments)`` returned in each process, by rank.
+    def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+        """What ``function(*arguments, **options)`` returned in each process, by rank.
 
         Raises:
             AssertionError: with the traceback of a process in which it raised, or where one gave no answer in time.
@@ -88,7 +88,7 @@ class Group:
         if not self._processes:
             self._start()
         for connection in self._connections:
-            connection.send((function, arguments))
+            connection.send((function, arguments, options))
         results, failures = [], []
         for rank, connection in enumerate(self._connections):
             # Once one process has failed, the others may wait for it for ever.

@@ -19,18 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_trainer.kernels import VocabularyShard, linear_cross_entropy, linear_log_probs, use_torch
 from liger_trainer.kernels._library import OPS, interpreted_kernels
+from tests.distributed.group import device
 from tests.kernels.loss_reference import assert_product_close, doubled, reference_loss
 
 N, H, V = 22, 24, 131  # V is divisible by neither 2 nor 3
 OUTPUTS = ("entropy", "mean_logits", "log_sum_sq_probs")
-
-
-def device() -> torch.device:
-    """This rank's own GPU where every rank has one, else the CPU."""
-    if torch.cuda.device_count() < dist.get_world_size():
-        return torch.device("cpu")
-    torch.cuda.set_device(dist.get_rank())
-    return torch.device("cuda", dist.get_rank())
 
 
 def bounds(n_classes: int, cuts: Sequence[int] | None) -> tuple[int, int, int]:

@@ -40,7 +40,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_cross_entropy(ranks, name, reduction, triton):
     for dtype in (torch.float32,) if triton else (torch.float64, torch.float32):
-        ranks(on_rank.cross_entropy, dtype, reduction, triton=triton, **OPTIONS[name])
+        ranks.run(on_rank.cross_entropy, dtype, reduction, triton=triton, **OPTIONS[name])
 
 
 @pytest.mark.parametrize(
@@ -55,64 +55,64 @@ def test_cross_entropy(ranks, name, reduction, triton):
 )
 def test_log_probs(ranks, options, outputs, triton):
     for dtype in (torch.float32,) if triton else (torch.float64, torch.float32):
-        ranks(on_rank.log_probs, dtype, outputs, triton=triton, **options)
+        ranks.run(on_rank.log_probs, dtype, outputs, triton=triton, **options)
 
 
 @pytest.mark.parametrize("labels", ["first", "ignored"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_shards_without_labels(ranks, labels, dtype):
     for reduction in ("mean", "none"):
-        ranks(on_rank.cross_entropy, dtype, reduction, labels=labels)
-    ranks(on_rank.log_probs, dtype, on_rank.OUTPUTS, labels=labels)
+        ranks.run(on_rank.cross_entropy, dtype, reduction, labels=labels)
+    ranks.run(on_rank.log_probs, dtype, on_rank.OUTPUTS, labels=labels)
 
 
 @pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
 def test_shards_of_any_size(ranks, triton):
     options = {"dtype": torch.float32, "triton": triton}
-    one, none = ([1], [0]) if ranks.world == 2 else ([100, 101], [0, 60])
+    one, none = ([1], [0]) if ranks.size == 2 else ([100, 101], [0, 60])
     for cuts in (one, none):  # a single class, and no class at all
-        ranks(on_rank.cross_entropy, cuts=cuts, label_smoothing=0.1, **options)
-        ranks(on_rank.log_probs, outputs=on_rank.OUTPUTS, cuts=cuts, **options)
-        ranks(on_rank.log_probs, outputs=on_rank.OUTPUTS, cuts=cuts, least_memory=True, **options)
-    ranks(on_rank.cross_entropy, v=ranks.world + 1, **options)  # 3 ranks: 2, 2 and 0 classes
+        ranks.run(on_rank.cross_entropy, cuts=cuts, label_smoothing=0.1, **options)
+        ranks.run(on_rank.log_probs, outputs=on_rank.OUTPUTS, cuts=cuts, **options)
+        ranks.run(on_rank.log_probs, outputs=on_rank.OUTPUTS, cuts=cuts, least_memory=True, **options)
+    ranks.run(on_rank.cross_entropy, v=ranks.size + 1, **options)  # 3 ranks: 2, 2 and 0 classes
 
 
 def test_half_precision(ranks):
     for dtype in (torch.bfloat16, torch.float16):
-        ranks(on_rank.cross_entropy, dtype, token_weights="random")
-        ranks(on_rank.log_probs, dtype, ("entropy",))
+        ranks.run(on_rank.cross_entropy, dtype, token_weights="random")
+        ranks.run(on_rank.log_probs, dtype, ("entropy",))
 
 
 def test_num_items_and_a_bound_of_the_labels(ranks):
-    ranks(on_rank.cross_entropy, torch.float64, num_items=7.0, max_valid=20)
+    ranks.run(on_rank.cross_entropy, torch.float64, num_items=7.0, max_valid=20)
 
 
 def test_no_rank_has_all_classes_and_collectives_are_few(ranks):
     valid, tiles = 14, 5
-    for found in ranks(on_rank.cross_entropy, torch.float32, tile_rows=3):
+    for found in ranks.run(on_rank.cross_entropy, torch.float32, tile_rows=3):
         assert found["columns"] <= found["largest"] < on_rank.V
         assert found["elements"] <= found["largest"] * on_rank.H  # this rank's weight and its gradient
         assert found["all_gather_into_tensor"] == tiles == -(-valid // 3)
         assert found["all_reduce"] == 1
-    for found in ranks(on_rank.cross_entropy, torch.float32, "none", tile_rows=3):
+    for found in ranks.run(on_rank.cross_entropy, torch.float32, "none", tile_rows=3):
         assert (found["all_gather_into_tensor"], found["all_reduce"]) == (tiles, 1)
-    for found in ranks(on_rank.log_probs, torch.float32, ("entropy",), cache_bytes=0):
+    for found in ranks.run(on_rank.log_probs, torch.float32, ("entropy",), cache_bytes=0):
         assert found["columns"] <= found["largest"]
         assert (found["all_gather_into_tensor"], found["all_reduce"]) == (tiles, 1)
 
 
 @pytest.mark.parametrize("hidden", ["plain", "replicated", "sharded"])
 def test_dtensors(ranks, hidden):
-    ranks(on_rank.from_dtensors, hidden)
+    ranks.run(on_rank.from_dtensors, hidden)
 
 
 def test_labels_that_differ_between_ranks_do_not_pass_unseen(ranks):
-    assert ranks(on_rank.labels_that_differ) == [(True, True)] * ranks.world
+    assert ranks.run(on_rank.labels_that_differ) == [(True, True)] * ranks.size
 
 
 @pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
 def test_masked_classes(ranks, triton):
-    ranks(on_rank.masked_classes, torch.float32, triton)
+    ranks.run(on_rank.masked_classes, torch.float32, triton)
 
 
 class OneRank:
