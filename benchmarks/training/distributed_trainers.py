@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from harness.measure import synchronize
 from harness.record import Row
-from training.distributed_worker import LOSSES, Run, build_model, result, synchronize
+from training.distributed_worker import LOSSES, Run, build_model, result
 from training.sharded_shapes import SHAPES
 
 __all__ = ["measure_trainer"]
@@ -86,21 +87,11 @@ def sft_trainer(run: Run, device: torch.device, model: Any, arguments: dict[str,
     return transformers.Trainer(model, transformers.TrainingArguments(**arguments), train_dataset=data)
 
 
-def word_tokenizer(n_words: int) -> Any:
-    """A tokenizer of words ``w3``, ``w4``, ...; TRL's trainers take text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, n_words)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
 def dpo_trainer(run: Run, device: torch.device, model: Any, arguments: dict[str, Any], length: int) -> Any:
     """Pairs of ``length`` tokens, a half of which is prompt; the reference is a second copy of the model."""
     from datasets import Dataset
+
+    from training.trl_loss import tokenizer
 
     n_words = min(SHAPES[run.model].vocab_size, 1000)
     generator = torch.Generator().manual_seed(1000 * length)
@@ -114,7 +105,7 @@ def dpo_trainer(run: Run, device: torch.device, model: Any, arguments: dict[str,
         {"prompt": text(half), "chosen": " " + text(half - 1), "rejected": " " + text(half - 1)} for _ in range(count)
     ]
     arguments = arguments | {"max_length": length}
-    options: dict[str, Any] = {"processing_class": word_tokenizer(n_words), "train_dataset": Dataset.from_list(rows)}
+    options: dict[str, Any] = {"processing_class": tokenizer(n_words), "train_dataset": Dataset.from_list(rows)}
     options["ref_model"] = build_model(run, device, length)
     if run.provider == "ours":
         from liger_trainer.trl import LigerDPOConfig, LigerDPOTrainer

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.measure import free_memory
+from harness.measure import current_device, free_memory, synchronize
 from harness.record import device_name, versions
 from training.contexts import OUT_OF_MEMORY
 from training.sharded_shapes import SHAPES
@@ -68,10 +68,6 @@ class Run:
         """What a row of the record is found by."""
         keys = ("model", "task", "strategy", "gpus", "batch", "checkpointing", "trainer")
         return {key: getattr(self, key) for key in keys} | {"length": length}
-
-
-def accelerator() -> torch.device | None:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def build_model(run: Run, device: torch.device, longest: int) -> nn.Module:
@@ -172,11 +168,6 @@ def collectives_of(step: Any) -> dict[str, int]:
     return dict(counts)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
 def over_ranks(value: float, device: torch.device, how: Any) -> float:
     number = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(number, op=how)
@@ -245,11 +236,10 @@ def main() -> None:
     run = Run(**request | {"lengths": tuple(request["lengths"])})
     folder = Path(sys.argv[2])
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    chosen = accelerator()
-    device = torch.device("cpu")
-    if chosen is not None:
+    device = current_device()
+    if device.type != "cpu":
         torch.accelerator.set_device_index(local_rank)
-        device = torch.device(chosen.type, local_rank)
+        device = torch.device(device.type, local_rank)
 
     def write(length: int, row: dict[str, Any]) -> None:
         if rank == 0:

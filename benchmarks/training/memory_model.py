@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
+from training.contexts import next_length
 from training.sharded_shapes import SHAPES, LlamaShape
 
 __all__ = ["Setting", "measured", "page", "peak_bytes"]
@@ -167,15 +168,10 @@ def error(setting: Setting, found: float) -> float:
 
 def largest_length(setting: Setting, capacity: int) -> int:
     """The longest sequence, in steps of 1024 tokens, whose step fits; 0 where none does."""
-    fits = 0
-    length = 1024
-    while length <= 2**22 and peak_bytes(replace(setting, length=length)) <= capacity:
-        fits, length = length, length * 2
-    low, high = fits, length
-    while high - low > 1024:
-        middle = (low + high) // 2 // 1024 * 1024
-        low, high = (middle, high) if peak_bytes(replace(setting, length=middle)) <= capacity else (low, middle)
-    return low
+    tried: dict[int, bool] = {}
+    while (length := next_length(tried, 1024, 1024, 0.0, 2**22)) is not None:
+        tried[length] = peak_bytes(replace(setting, length=length)) <= capacity
+    return max((length for length, fits in tried.items() if fits), default=0)
 
 
 HEAD = f"""\
