@@ -67,9 +67,8 @@ class PatchingCallback(TrainerCallback):
         if self.options(args) is None:
             return
         model = _unwrap(kwargs["model"])
-        if (
-            not is_patched(model) or self.report is None
-        ):  # made by model_init, or this callback was added after the Trainer was made
+        # Made by model_init, or this callback was added after the Trainer was made.
+        if not is_patched(model) or self.report is None:
             self.patch(model, args)
         self._announce(args, state)
 

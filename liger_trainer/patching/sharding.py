@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels._vocabulary import is_dtensor
+
 __all__ = ["HeadWeight", "gathered", "is_freed", "is_lent", "is_sharded", "keep_whole", "unwrapped"]
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
-    from torch.distributed.tensor import DTensor
 
     _FSDP1: tuple[Any, ...] = (FullyShardedDataParallel,)
     _FSDP2: tuple[Any, ...] = (FSDPModule,)
-    _DTENSOR: tuple[Any, ...] = (DTensor,)
     _FREEING: tuple[Any, ...] = (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
 else:
-    _FSDP1 = _FSDP2 = _DTENSOR = _FREEING = ()
+    _FSDP1 = _FSDP2 = _FREEING = ()
 
 
 class HeadWeight(Enum):
@@ -108,6 +108,6 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, _FSDP1 + _FSDP2) for module in model.modules())
 
 
-def gathered(weight: Tensor) -> Tensor:
+def gathered(weight: Any) -> Tensor:
     """``weight`` as a whole; of a distributed tensor by communication, in which every rank has to take part."""
-    return weight.full_tensor() if isinstance(weight, _DTENSOR) else weight
+    return weight.full_tensor() if is_dtensor(weight) else weight
