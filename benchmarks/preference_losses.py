@@ -183,6 +183,9 @@ def benchmark(name: str) -> Benchmark:
                 build_ours(name, cache_bytes=0, tile_bytes=256 * 2**20), note="keeps none, in tiles of 256 MiB"
             ),
             "ours-least": Provider(build_ours(name, least_memory=True), note="least_memory=True"),
+            "ours-least-1g": Provider(
+                build_ours(name, least_memory=True, cache_bytes=2**30), note="least_memory=True, keeps 1 GiB of logits"
+            ),
             "hf": Provider(build_scored(name, score_eagerly), note="F.linear, then log_softmax in fp32"),
             "trl": Provider(build_scored(name, score_as_trl), ("trl",), note="its fused head, under the same formula"),
             "liger": liger_kernel(build_liger(name), note=f"LigerFusedLinear{title}Loss"),

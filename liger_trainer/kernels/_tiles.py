@@ -18,10 +18,10 @@ from ._rows import multiprocessors
 from ._triton import tl, triton
 
 __all__ = [
-    "LEAST_TILE_BYTES",
     "HeadGradients",
     "Kept",
     "head_product",
+    "least_tile_bytes",
     "partition_rows",
     "plan",
     "run_class_tiles",
@@ -33,7 +33,7 @@ __all__ = [
 
 _TILE_BYTES = 512 * 2**20
 _SMALL_TILE_BYTES = 256 * 2**20
-LEAST_TILE_BYTES = 128 * 2**20
+_LEAST_TILE_BYTES = 128 * 2**20
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -70,6 +70,14 @@ def plan(
         tile_bytes = max(gradient_bytes, _SMALL_TILE_BYTES)
     most = numel * accumulated + max(gradient_bytes, tile_bytes)
     return tile_bytes // n_heads, n_heads * n_rows * shape[0] * itemsize + gradient_bytes <= most
+
+
+def least_tile_bytes(weight_gradient_bytes: int = 0) -> int:
+    """Bytes of a tile where memory matters most.
+
+    A pass before that which makes the weight's gradient may take as much as that will, for larger products.
+    """
+    return max(_LEAST_TILE_BYTES, min(_TILE_BYTES, weight_gradient_bytes))
 
 
 def tiles(n_rows: int, n_classes: int, itemsize: int, tile_bytes: int) -> Iterator[tuple[int, int]]:
@@ -137,6 +145,20 @@ def head_product(
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
     return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def fill_logits(
+    out: Tensor,  # (R, V)
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    kept: Tensor | None,  # (K, V)
+) -> None:
+    """Logits of all rows, of which those of the first K are copied and the others multiplied."""
+    n_kept = 0 if kept is None else len(kept)
+    if kept is not None:
+        out[:n_kept].copy_(kept)
+    head_product(hidden[n_kept:], weight, bias, out[n_kept:])
 
 
 def accumulate_product(
@@ -332,11 +354,13 @@ def run_tiles(
     bias = None if bias is None else bias.to(compute_dtype)
     every_row = rows is None and n_valid == len(hidden)
     n_kept = 0 if kept is None else min(len(kept.logits), n_valid)
-    ranges = [(0, n_kept)] if n_kept else []  # what is kept is one tile of its own
-    if n_kept < n_valid:
+    at_once = at_once or n_kept == n_valid
+    if at_once:
+        ranges = [(0, n_valid)] if n_valid else []
+    else:
+        ranges = [(0, n_kept)] if n_kept else []  # what is kept is one tile of its own
         cut = tiles(n_valid - n_kept, plan_classes, compute_dtype.itemsize, tile_bytes)
-        ranges += [(n_kept, n_valid)] if at_once else [(n_kept + start, n_kept + end) for start, end in cut]
-    at_once = len(ranges) == 1 and (at_once or n_kept > 0)
+        ranges += [(n_kept + start, n_kept + end) for start, end in cut]
     weight_dtype = weight_gradient_dtype if at_once else accumulation_dtype(compute_dtype)
     gradients = HeadGradients(hidden, weight, compute_dtype, weight_dtype, every_row, need)
     buffer: Tensor | None = None
@@ -353,18 +377,19 @@ def run_tiles(
             where = row_index = rows[start:end]
             x = hidden.index_select(0, row_index)
         x = x.to(compute_dtype)
-        known = False
+        known = kept is not None and kept.known and start < n_kept
         if kept is not None and end <= n_kept:
-            logits, known = kept.logits[:n_kept], kept.known
+            logits = kept.logits[:n_kept]
+            if not known:
+                head_product(x, weight, bias, logits)
         else:
             if buffer is None:
                 buffer = torch.empty((end - start, n_classes), dtype=compute_dtype, device=hidden.device)
             logits = buffer[: end - start]
-        if not known:
-            head_product(x, weight, bias, logits)
+            fill_logits(logits, x, weight, bias, kept.logits[:n_kept] if kept is not None and known else None)
         if any(need):
-            overwrite = kept is None or not known or kept.overwrite
-            gradient = logits if overwrite else torch.empty_like(logits)
+            own = kept is not None and known and end <= n_kept and not kept.overwrite
+            gradient = torch.empty_like(logits) if own else logits
         on_tile(logits, row_index, gradient)
         if gradient is not None:
             gradients.add(gradient, x, weight, where, first=start == 0)
@@ -388,6 +413,7 @@ def run_class_tiles(
     weight_gradient_dtype: torch.dtype,
     tile_bytes: int | None,
     need: tuple[bool, bool, bool],
+    kept: Tensor | None = None,  # (K, V)
 ) -> HeadGradients:
     """As :func:`run_tiles`, with tiles of all rows and some classes, for losses that know their log-sum-exp.
 
@@ -396,9 +422,10 @@ def run_class_tiles(
     tiles instead, in fp32 (float64).
 
     ``on_tile(logits, row_index, gradient, first_class)`` gets (R, C) logits of C classes from ``first_class`` on.
+    ``kept`` holds the logits of the first K rows, which are read and left as they are.
     """
     n_classes = weight.shape[0]
-    tile_bytes = LEAST_TILE_BYTES if tile_bytes is None else tile_bytes
+    tile_bytes = _LEAST_TILE_BYTES if tile_bytes is None else tile_bytes
     wide = accumulation_dtype(compute_dtype)
     gradients = HeadGradients(hidden, weight, compute_dtype, weight_gradient_dtype, False, need)
     row_index: Tensor | None = None
@@ -415,7 +442,8 @@ def run_class_tiles(
             buffer = torch.empty((end - start) * n_valid, dtype=compute_dtype, device=hidden.device)
         logits = buffer[: (end - start) * n_valid].view(n_valid, end - start)
         classes = weight[start:end].to(compute_dtype)
-        head_product(x, classes, None if bias is None else bias[start:end].to(compute_dtype), logits)
+        class_bias = None if bias is None else bias[start:end].to(compute_dtype)
+        fill_logits(logits, x, classes, class_bias, None if kept is None else kept[:, start:end])
         on_tile(logits, row_index, logits, start)
         if gradients.need_hidden:
             accumulate_product(total, logits, classes, first=start == 0)

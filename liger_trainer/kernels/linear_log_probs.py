@@ -28,7 +28,7 @@ from ._dtypes import accumulation_dtype, gradient_dtype, products_dtype
 from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
 from ._log_prob_rows import RowStatistics, RowUpstream, log_prob_rows
 from ._softmax_loss import RowLoss
-from ._tiles import LEAST_TILE_BYTES, Kept, partition_rows, plan, run_class_tiles, run_tiles, without_autocast
+from ._tiles import Kept, least_tile_bytes, partition_rows, plan, run_class_tiles, run_tiles, without_autocast
 from ._vocabulary import SHARD_SCHEMA, Part, VocabularyShard, local_head, replicated, row_statistics, sum_over_ranks
 from .linear_cross_entropy import FP16_GRADIENT_SCALE, finish
 
@@ -244,7 +244,7 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
         }
         with without_autocast(hidden):
             if by_classes:
-                gradients = run_class_tiles(hidden, weight, bias, on_tile, **engine)
+                gradients = run_class_tiles(hidden, weight, bias, on_tile, **engine, kept=kept if len(kept) else None)
             else:
                 keeps = Kept(kept, known=True, overwrite=in_place) if len(kept) else None
                 gradients = run_tiles(hidden, weight, bias, on_tile, **engine, kept=keeps, plan_classes=plan_classes)
@@ -332,8 +332,12 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.frozen_head = not need_weight and not need_bias
         if ctx.frozen_head:
             options = options._replace(kept_rows=0)
+        tile_bytes = options.tile_bytes
+        if options.by_classes and tile_bytes is None:
+            whole_weight = options.plan_classes * weight.shape[1] * options.compute_dtype.itemsize
+            tile_bytes = least_tile_bytes(0 if ctx.frozen_head else whole_weight)
         log_probs, lse, entropy, mean_logits, squares, top1, kept, hidden_gradient = _forward(
-            hidden, weight, labels, bias, *options, ctx.frozen_head
+            hidden, weight, labels, bias, *options._replace(tile_bytes=tile_bytes), ctx.frozen_head
         )
         ctx.save_for_backward(hidden, weight, labels, bias, lse, entropy, squares, kept, hidden_gradient)
         ctx.options = options
@@ -366,7 +370,7 @@ class _LinearLogProbs(torch.autograd.Function):
             factor = largest.clamp(min=torch.finfo(torch.float32).tiny) / FP16_GRADIENT_SCALE
             scale = 1 / factor
         weight_dtype = torch.float32 if half else ctx.dtypes[1]
-        op = _backward if options.kept_rows == 0 or graph_is_kept() else _backward_
+        op = _backward if options.kept_rows == 0 or options.by_classes or graph_is_kept() else _backward_
         gradients = op(
             *tensors[:4], *upstream[:4], scale, *tensors[4:], *options[:6], *options[11:], *ctx.need, weight_dtype
         )
@@ -382,7 +386,10 @@ def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _LinearLogProbs.apply(hidden, weight, labels, bias, *arguments)
-    options = _Options(*arguments)._replace(kept_rows=0, by_classes=False)
+    options = _Options(*arguments)
+    if options.by_classes and options.tile_bytes is None:
+        options = options._replace(tile_bytes=least_tile_bytes())
+    options = options._replace(kept_rows=0, by_classes=False)
     log_probs, _, *extra = _forward(hidden, weight, labels, bias, *options, False)[:6]
     return log_probs, *extra
 
@@ -456,10 +463,10 @@ def linear_log_probs(
             Where they are all the rows', the weight's gradient comes from one product and needs no fp32 buffer. None
             keeps all where that takes no more memory than the backward has anyway (in bf16 for up to about 2 * H
             rows), else 512 MiB.
-        least_memory: keep no logits, and tile the vocabulary in the backward: each class's part of the weight's
-            gradient is then written once, with no fp32 buffer of the weight's size, and hidden's gradient accumulates
-            in fp32 instead. Four products, in tiles of 128 MiB where ``tile_bytes`` is None. It excludes a
-            ``cache_bytes`` above 0; with a frozen head it changes nothing.
+        least_memory: keep no logits where ``cache_bytes`` is None, and tile the vocabulary in the backward: each
+            class's part of the weight's gradient is then written once, with no fp32 buffer of the weight's size, and
+            hidden's gradient accumulates in fp32 instead. Where ``tile_bytes`` is None, tiles of 128 MiB in the
+            backward, and in the forward of up to 512 MiB, but no more than the weight's gradient will take.
         max_valid: an upper bound, known to the host, of the number of labels that are not ignored. It spares the host
             the wait for the device's own count. With a bound that is too small every log-probability is NaN.
         compute_dtype: dtype of the products, where it is not to follow from autocast and the inputs.
@@ -494,10 +501,8 @@ def linear_log_probs(
         raise ValueError(f"tile_bytes must be above 0, got {tile_bytes}")
     if cache_bytes is not None and cache_bytes < 0:
         raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
-    if least_memory and cache_bytes:
-        raise ValueError(f"least_memory=True keeps no logits and excludes cache_bytes={cache_bytes}")
-    if least_memory:
-        cache_bytes, tile_bytes = 0, LEAST_TILE_BYTES if tile_bytes is None else tile_bytes
+    if least_memory and cache_bytes is None:
+        cache_bytes = 0
     compute_dtype = products_dtype(hidden, weight, compute_dtype)
     flat_labels = labels.reshape(-1).long()
     if check_labels or (hidden.device.type == "cpu" and not torch.compiler.is_compiling()):

@@ -19,11 +19,12 @@ class LigerTRLArguments(LigerArguments):
         liger_config: as there; the option ``tile_bytes`` bounds the tiles of logits of the loss as well.
         logits_cache_bytes: how many bytes of logits may wait from forward to backward instead of being recomputed, see
             ``cache_bytes`` of :func:`liger_trainer.kernels.linear_log_probs`. None chooses.
-        least_memory: keep no logits and tile the vocabulary in the backward too, so that no fp32 buffer of the head's
-            size exists: slower, in four products. See there. The distillation trainers have no such mode.
+        least_memory: keep no logits where ``logits_cache_bytes`` is None, and tile the vocabulary in the backward too,
+            so that no fp32 buffer of the head's size exists: slower. See there. The distillation trainers have no such
+            mode.
 
     Raises:
-        ValueError: ``logits_cache_bytes`` below 0, or above 0 together with ``least_memory``.
+        ValueError: ``logits_cache_bytes`` below 0.
     """
 
     use_liger: bool = field(
@@ -43,8 +44,4 @@ class LigerTRLArguments(LigerArguments):
     def __post_init__(self) -> None:
         if self.logits_cache_bytes is not None and self.logits_cache_bytes < 0:
             raise ValueError(f"logits_cache_bytes must be at least 0, got {self.logits_cache_bytes}")
-        if self.least_memory and self.logits_cache_bytes:
-            raise ValueError(
-                f"least_memory=True keeps no logits and excludes logits_cache_bytes={self.logits_cache_bytes}"
-            )
         super().__post_init__()

@@ -59,6 +59,15 @@ def test_least_memory():
     assert peak < 1.05 * (weight.nbytes + 3 * hidden.nbytes + 128 * MIB)  # hidden's gradient in fp32, then in bf16
 
 
+def test_least_memory_and_a_cache():
+    hidden, weight, labels = real_shape()
+    peak = peak_over_inputs(
+        lambda: linear_log_probs(hidden, weight, labels, max_valid=N, least_memory=True, cache_bytes=512 * MIB).sum(),
+        (hidden, weight),
+    )
+    assert peak < 1.05 * (weight.nbytes + 3 * hidden.nbytes + 640 * MIB)
+
+
 def test_a_frozen_head_and_an_evaluation():
     hidden, weight, labels = real_shape()
     frozen = weight.detach()
