@@ -1,6 +1,6 @@
 """Many training steps of a small patched model: memory, compilations, NaN, and the same result again.
 
-    python -m tests.gpu.long_run                     # 2000 steps, twice, on the GPU
+    python -m tests.gpu.long_run                     # 2000 steps, twice, in two processes at once, on the GPU
     python -m tests.gpu.long_run --steps 20 --settle 10   # to try the script on a CPU
 
 Lengths, masks and the number of labels differ from step to step; in between the model is evaluated and saved.
@@ -11,13 +11,16 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import multiprocessing
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from liger_trainer import apply_liger_kernel
@@ -46,8 +49,10 @@ def batch(step: int, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def run(steps: int, device: torch.device) -> Outcome:
+def run(steps: int, device: torch.device, show_progress: bool) -> Outcome:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the embedding's gradient, which is PyTorch's
     torch.manual_seed(0)
+    gc.freeze()  # the collections to come need not look at what the imports left
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=LONGEST,
@@ -57,7 +62,7 @@ def run(steps: int, device: torch.device) -> Outcome:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     outcome = Outcome()
     losses: list[Tensor] = []
-    for step in range(steps):
+    for step in trange(steps, disable=not show_progress, mininterval=5):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(**batch(step, device)).loss
         loss.backward()
@@ -89,8 +94,8 @@ def main() -> int:
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the embedding's gradient, which is PyTorch's
-    first, second = run(asked.steps, device), run(asked.steps, device)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        first, second = processes.map(run, *zip((asked.steps, device, True), (asked.steps, device, False)))
     settled = asked.settle // 10 - 1
     kept = first.allocated[settled:]
     later = first.compiled[-1] - first.compiled[settled]
