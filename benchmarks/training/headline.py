@@ -117,7 +117,7 @@ def chosen(options: argparse.Namespace) -> list[tuple[str, Run, str]]:
 
 
 def measure_steps(options: argparse.Namespace, record: Record, path: Path, clock: Clock) -> None:
-    """Times and shares of each job from one process, memory over a step's time from another."""
+    """Times and shares of each job from one process, memory over a step's time, where asked for, from another."""
     on_file = [(row["provider"], row["shape"]) for row in record.rows if not options.again]
     jobs = [job for job in chosen(options) if (job[2], shape_of(job[0], job[1], job[1].length)) not in on_file]
     good: dict[tuple[str, str], list[Row]] = {}
@@ -129,8 +129,9 @@ def measure_steps(options: argparse.Namespace, record: Record, path: Path, clock
             try:
                 with isolated(options, run, provider) as process:
                     row |= clock.ask(process, timing(options, run.length, shares=True))
-                with isolated(options, run, provider, **LAUNCH_BLOCKING) as process:
-                    row["memory"] = clock.ask(process, {"what": "memory", "length": run.length})
+                if options.memory_curves == ["all"] or name in options.memory_curves:
+                    with isolated(options, run, provider, **LAUNCH_BLOCKING) as process:
+                        row["memory"] = clock.ask(process, {"what": "memory", "length": run.length})
             except IsolatedError as error:
                 failed(row, error)
             else:
@@ -213,6 +214,14 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     command = commands.choices["steps"]
     command.add_argument("--batch", type=int, help="sequences, or pairs, in place of the run's")
     command.add_argument("--length", type=int, help="tokens of a sequence in place of the run's")
+    command.add_argument(
+        "--memory-curves",
+        nargs="+",
+        choices=("all", "none", *RUNS),
+        default=["all"],
+        metavar="RUN",
+        help="all, none, or the runs whose memory over a step's time is measured, in a second process",
+    )
     command.add_argument("--rounds", type=int, default=1, help="run all so often; their median runs count")
     command = commands.choices["contexts"]
     command.set_defaults(warmup=2, steps=5, seconds=15)

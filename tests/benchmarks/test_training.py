@@ -256,6 +256,14 @@ def test_dry_run_of_everything(tmp_path, capsys):
     assert f"![{drawn[0].stem.replace('_', ' ')}]({drawn[0].name})" in page
 
 
+@pytest.mark.parametrize(("asked", "measured"), [("none", False), ("llama-1b-half", False), ("llama-1b", True)])
+def test_memory_curves_of_the_runs_that_are_asked_for(asked, measured, tmp_path):
+    steps = ["steps", "--tiny", "--results", str(tmp_path), "--runs", "llama-1b", "--providers", "hf"]
+    assert headline.main([*steps, "--warmup", "1", "--steps", "2", "--memory-curves", asked]) == 0
+    (row,) = Record.load(tmp_path / "training_steps_cpu.json").rows
+    assert row["error"] is None and ("memory" in row) == measured
+
+
 def test_a_limit_of_memory_ends_in_a_row():
     with Isolated(measurer, RUNS["llama-1b"].tiny(), "hf", 2**31) as process:
         request = {"what": "time", "warmup": 0, "steps": 1, "seconds": 1, "shares": False}
