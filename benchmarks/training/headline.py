@@ -20,7 +20,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from harness.record import Record, Row
 from harness.run import RESULTS, rounded, show_table
 from training.clock import Clock, OutOfTimeError
 from training.contexts import OUT_OF_MEMORY, fits, next_length
-from training.isolated import Isolated, IsolatedError
+from training.isolated import Isolated, IsolatedError, in_turn
 from training.measure_step import device_without_touching_it, measurer
 from training.providers import PREFERENCE_PROVIDERS, PROVIDERS, Provider
 from training.runs import PREFERENCES, RUNS, Run
@@ -121,25 +123,37 @@ def measure_steps(options: argparse.Namespace, record: Record, path: Path, clock
     on_file = [(row["provider"], row["shape"]) for row in record.rows if not options.again]
     jobs = [job for job in chosen(options) if (job[2], shape_of(job[0], job[1], job[1].length)) not in on_file]
     good: dict[tuple[str, str], list[Row]] = {}
-    for turn in range(1, options.rounds + 1):
-        for i, (name, run, provider) in enumerate(jobs, 1):
-            clock.check()
+    kinds: list[tuple[str, dict[str, str]]] = [("time", {}), ("memory", LAUNCH_BLOCKING)]
+    tasks = [
+        (turn, i, job, kind, environment)
+        for turn in range(1, options.rounds + 1)
+        for i, job in enumerate(jobs, 1)
+        for kind, environment in (
+            kinds if options.memory_curves == ["all"] or job[0] in options.memory_curves else kinds[:1]
+        )
+    ]
+    starts = (partial(isolated, options, run, provider, **more) for _, _, (_, run, provider), _, more in tasks)
+    with closing(in_turn(starts)) as processes:
+        for (turn, i, (name, run, provider), kind, _), process in zip(tasks, processes):
             started = time.monotonic()
-            row = new_row(name, run, provider, run.length)
-            try:
-                with isolated(options, run, provider) as process:
-                    row |= clock.ask(process, timing(options, run.length, shares=True))
-                if options.memory_curves == ["all"] or name in options.memory_curves:
-                    with isolated(options, run, provider, **LAUNCH_BLOCKING) as process:
-                        row["memory"] = clock.ask(process, {"what": "memory", "length": run.length})
-            except IsolatedError as error:
-                failed(row, error)
-            else:
-                good.setdefault((name, provider), []).append(row)
-            # Of several rounds the one with the median time counts.
-            rounds = sorted(good.get((name, provider), [row]), key=lambda each: each["step_ms"] or ())
             progress = f"[{i}/{len(jobs)}, round {turn}] {name}"
-            store(rounds[len(rounds) // 2] | {"rounds": turn}, record, path, progress, started)
+            if kind == "time":
+                clock.check()
+                row = new_row(name, run, provider, run.length) | {"rounds": turn}
+                try:
+                    row |= clock.ask(process, timing(options, run.length, shares=True))
+                    good.setdefault((name, provider), []).append(row)
+                except IsolatedError as error:
+                    failed(row, error)
+                # Of several rounds the one with the median time counts.
+                rounds = sorted(good.get((name, provider), [row]), key=lambda each: each["step_ms"])
+                row = rounds[len(rounds) // 2] | {"rounds": turn}
+            elif not row["error"]:
+                try:
+                    row["memory"] = clock.ask(process, {"what": "memory", "length": run.length})
+                except IsolatedError as error:
+                    failed(row, error)
+            store(row, record, path, progress, started)
 
 
 def measure_contexts(options: argparse.Namespace, record: Record, path: Path, clock: Clock) -> None:

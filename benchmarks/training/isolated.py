@@ -5,13 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Isolated", "IsolatedError"]
+__all__ = ["Isolated", "IsolatedError", "in_turn"]
 
 Answer = Callable[[Any], Any]
 GRACE_SECONDS = 3
@@ -124,3 +124,19 @@ class Isolated:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def in_turn(starts: Iterable[Callable[[], Isolated]]) -> Iterator[Isolated]:
+    """The processes one after the other, each started while the one before it is at work, and closed after its turn."""
+    waiting: Isolated | None = None
+    try:
+        for start in starts:
+            current, waiting = waiting, start()
+            if current is not None:
+                with current:
+                    yield current
+        if waiting is not None:
+            yield waiting
+    finally:
+        if waiting is not None:
+            waiting.close()

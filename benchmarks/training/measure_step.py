@@ -16,7 +16,7 @@ from .isolated import Isolated
 from .providers import Provider
 from .runs import Run
 from .step_trace import memory_over_time, time_shares, trace
-from .training_step import TrainingStep, build
+from .training_step import TrainingStep, build, import_for
 
 __all__ = ["device_without_touching_it", "measurer"]
 
@@ -73,14 +73,17 @@ def measurer(run: Run, provider: str, limit_bytes: int | None = None) -> Callabl
 
     A request has ``length`` (tokens of a sequence), ``warmup`` and ``steps``, ``seconds`` after which fewer steps do,
     and ``what``: ``"time"`` gives times, the peak of memory, losses and, from further steps, the shares of kinds of
-    work; ``"memory"`` gives memory over a step's time.
+    work; ``"memory"`` gives memory over a step's time. The device is first touched by a request.
     """
     device = current_device()
     who = Provider.parse(provider)
-    if limit_bytes is not None:
-        limit_memory(limit_bytes, device)
+    import_for(run, who)
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal limit_bytes
+        if limit_bytes is not None:
+            limit_memory(limit_bytes, device)
+            limit_bytes = None
         free_memory(device)
         step = build(run, who, device, request["length"])
         if request["what"] == "memory":

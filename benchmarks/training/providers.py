@@ -52,6 +52,13 @@ class Provider:
     def compiled(self) -> bool:
         return self.kind.endswith("-compile")
 
+    def import_modules(self) -> None:
+        """Import the provider's own package; of Liger-Kernel that replaces nothing yet."""
+        if self.kind == "liger-kernel":
+            import liger_kernel.transformers  # noqa: F401
+        elif self.ours:
+            import liger_trainer.patching  # noqa: F401
+
     def before_model(self, model_type: str, *, own_loss: bool) -> None:
         """What a provider does to the classes, before there is a model.
 

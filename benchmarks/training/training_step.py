@@ -13,7 +13,7 @@ from .providers import Provider
 from .runs import PREFERENCES, Run
 from .shapes import config_of
 
-__all__ = ["PHASES", "TrainingStep", "build", "random_batch"]
+__all__ = ["PHASES", "TrainingStep", "build", "import_for", "random_batch"]
 
 PHASES = ("forward", "backward", "optimizer")
 IGNORE_INDEX = -100
@@ -86,6 +86,25 @@ def make_model(run: Run, device: torch.device, dtype: torch.dtype) -> Any:
     return model.train()
 
 
+def through_trainer(run: Run, provider: Provider) -> bool:
+    """Whether one of TRL's trainers computes the loss."""
+    return run.task in PREFERENCES or provider.kind == "trl"
+
+
+def import_for(run: Run, provider: Provider) -> None:
+    """Import what :func:`build` needs for the run, which takes longer than many a step and touches no device."""
+    import transformers
+
+    transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config_of(run.shape))]  # imports the model's own module
+    if run.lora_rank:
+        import peft  # noqa: F401
+    if through_trainer(run, provider):
+        from .trl_loss import import_trainer
+
+        import_trainer(run, provider)
+    provider.import_modules()
+
+
 def build(
     run: Run,
     provider: Provider,
@@ -103,10 +122,10 @@ def build(
         dtype: of weights, and with them of activations and the optimizer's state.
     """
     run = run if length is None else replace(run, length=length)
-    through_trainer = run.task in PREFERENCES or provider.kind == "trl"
-    provider.before_model(run.shape[0], own_loss=through_trainer)
+    by_trainer = through_trainer(run, provider)
+    provider.before_model(run.shape[0], own_loss=by_trainer)
     model = make_model(run, device, dtype)
-    if through_trainer:
+    if by_trainer:
         from .trl_loss import trainer_and_loss
 
         trainer, loss = trainer_and_loss(run, provider, model, device)

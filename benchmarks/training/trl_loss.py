@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from .providers import Provider
 from .runs import Run
 
-__all__ = ["trainer_and_loss"]
+__all__ = ["import_trainer", "trainer_and_loss"]
 
 # Task: TRL's module, the name of its trainer, options of its config. SimPO is CPO's trainer with another loss.
 TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -61,6 +61,15 @@ def token_rows(run: Run, vocab_size: int) -> Dataset:
     return Dataset.from_list([dict(zip(batch, row, strict=True)) for row in zip(*(x.tolist() for x in batch.values()))])
 
 
+def import_trainer(run: Run, provider: Provider) -> tuple[type, type]:
+    """The trainer of the run's task and its config: liger_trainer's where the provider is ours, else TRL's own."""
+    module, name, _ = TRAINERS[run.task]
+    if provider.ours:
+        module, name = "liger_trainer.trl", f"Liger{OURS.get(run.task, name)}"
+    home = importlib.import_module(module)
+    return getattr(home, f"{name}Trainer"), getattr(home, f"{name}Config")
+
+
 def trainer_and_loss(
     run: Run, provider: Provider, model: Any, device: torch.device
 ) -> tuple[Any, Callable[[], Tensor]]:
@@ -68,15 +77,12 @@ def trainer_and_loss(
 
     Where the provider is ours, the trainer is liger_trainer's of that task, and patches the model; else TRL's own.
     """
-    module, name, options = TRAINERS[run.task]
+    make_trainer, make_config = import_trainer(run, provider)
+    options = TRAINERS[run.task][2]
     if provider.ours:
-        module, prefix = "liger_trainer.trl", f"Liger{OURS.get(run.task, name)}"
         options = {**options, "use_liger": True, "liger_config": provider.options}
-    else:
-        prefix = name
-    home = importlib.import_module(module)
     vocab_size = run.shape[1]["vocab_size"]
-    args = getattr(home, f"{prefix}Config")(
+    args = make_config(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=run.batch,
         max_length=run.length,
@@ -86,7 +92,7 @@ def trainer_and_loss(
         report_to=[],
         **options,
     )
-    trainer = getattr(home, f"{prefix}Trainer")(
+    trainer = make_trainer(
         model,
         args=args,
         train_dataset=token_rows(run, vocab_size) if run.task == "sft" else preference_pairs(run, vocab_size),
