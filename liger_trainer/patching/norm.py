@@ -40,6 +40,7 @@ from .probe import (
     compute_device,
     difference,
     fingerprint,
+    kernels_in,
     nearly_bitwise,
     probe_dtypes,
     quiet,
@@ -332,7 +333,8 @@ def _disagreement(
         probe = _Probe(module, weight_dtype)
         x = probe.input(*leading, dtype=x_dtype)
         with torch.autocast(probe.device.type, torch.bfloat16, enabled=autocast):
-            ours = Call.of(functools.partial(forward, probe.norm), [x], probe.weights)
+            with kernels_in(weight_dtype, list(module.parameters(recurse=False))):
+                ours = Call.of(functools.partial(forward, probe.norm), [x], probe.weights)
             theirs = Call.of(probe.norm.forward, [x], probe.weights)
         reason = difference(ours, theirs, where)
         if reason is not None:
@@ -353,7 +355,8 @@ def _verify_joined(module: nn.Module, found: Any) -> str | None:
                 (fork, lambda norm, x: (norm.forward(x), x), [a]),
             ]
             for kernel, original, inputs in pairs:
-                ours = Call.of(functools.partial(kernel, norm), inputs, probe.weights)
+                with kernels_in(dtype, parameters):
+                    ours = Call.of(functools.partial(kernel, norm), inputs, probe.weights)
                 theirs = Call.of(functools.partial(original, norm), inputs, probe.weights)
                 reason = difference(ours, theirs, where)
                 if reason is not None:

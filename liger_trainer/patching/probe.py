@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from .class_swap import stock_class
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "compute_device",
     "difference",
     "fingerprint",
+    "kernels_in",
     "nearly_bitwise",
     "probe_dtypes",
     "quiet",
@@ -85,6 +87,18 @@ def training_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 def probe_dtypes(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
     """The dtypes in which a part with these parameters is compared: its own, one that rounds much, one that doesn't."""
     return tuple(dict.fromkeys([training_dtype(tensors), torch.bfloat16, torch.float32]))
+
+
+@contextmanager
+def kernels_in(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, ops on parameters of dtype are kernels only if a part with these parameters may train in it.
+
+    It trains in its own dtype, and one in fp32 under autocast in others. In any other dtype a comparison is about the
+    formula, for which the torch implementations do: a kernel would be compiled for this one call.
+    """
+    trained = training_dtype(tensors)
+    with nullcontext() if dtype == trained or trained.itemsize >= 4 else kernels.use_torch():
+        yield
 
 
 @contextmanager
