@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--student-layers", type=int, default=20)
     parser.add_argument("--again", action="store_true", help="run again what is on file")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings that run at the same time")
     parser.add_argument("--minutes", type=float, help="begin nothing that would not end within so many")
     parser.add_argument("--timeout", type=float, default=580, help="seconds of one run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file and the plots")
@@ -183,30 +186,38 @@ def main(arguments: list[str] | None = None) -> int:
     record, path = Record.open(options.results, BENCHMARK, device_without_touching_it(options.timeout))
     clock, ended = Clock(options.minutes, options.timeout), True
     jobs = [] if options.plots else trainings(options)
-    try:
-        for i, training in enumerate(jobs, 1):
-            row = new_row(training)
-            if not options.again and any(
-                all(each[k] == row[k] for k in ("provider", "dtype", "shape")) for each in record.rows
-            ):
-                continue
-            clock.check()
-            started = time.monotonic()
-            try:
-                with Isolated(trainer_of, training) as process:
-                    row["curves"] = clock.ask(process, None)
-            except IsolatedError as error:
-                row["error"] = str(error)
-                print(error.output, file=sys.stderr)
+    lock = threading.Lock()
+    on_file = [] if options.again else list(record.rows)
+
+    def run(i: int, training: Training) -> None:
+        row = new_row(training)
+        if any(all(each[k] == row[k] for k in ("provider", "dtype", "shape")) for each in on_file):
+            return
+        clock.check()
+        started = time.monotonic()
+        try:
+            with Isolated(trainer_of, training) as process:
+                row["curves"] = clock.ask(process, None)
+        except IsolatedError as error:
+            row["error"] = str(error)
+            print(error.output, file=sys.stderr)
+        with lock:
             record.add(row)
             record.save(path)
-            last = row["error"] or ", ".join(f"{name} {values[-1]:.4f}" for name, values in row["curves"].items())
-            took = time.monotonic() - started
-            print(
-                f"[{i}/{len(jobs)}] {training.task} {training.provider}, seed {training.seed}: {last} [{took:.0f} s]",
-                file=sys.stderr,
-            )
-    except OutOfTimeError:
+        last = row["error"] or ", ".join(f"{name} {values[-1]:.4f}" for name, values in row["curves"].items())
+        took = time.monotonic() - started
+        print(
+            f"[{i}/{len(jobs)}] {training.task} {training.provider}, seed {training.seed}: {last} [{took:.0f} s]",
+            file=sys.stderr,
+        )
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = [pool.submit(run, i, training) for i, training in enumerate(jobs, 1)]
+    errors = [error for each in futures if (error := each.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, OutOfTimeError):
+            raise error
+    if errors:
         ended = False
         print("The minutes are over; the same command goes on from here (without --again).", file=sys.stderr)
     passed = show(record, options.tasks, options.window, options.results)

@@ -48,3 +48,14 @@ def test_a_run_is_kept_and_not_run_again(tiny_model, tmp_path, capsys):
     assert row["error"] is None and len(row["curves"]["loss"]) == 2 and row["dtype"] == "float32"
     assert convergence.main([*command, "--minutes", "0.1"]) == 0  # nothing is left to do
     assert "[1/1]" not in capsys.readouterr().err
+
+
+def test_runs_at_the_same_time(tiny_model, tmp_path):
+    command = ["--tasks", "sft", "--providers", "hf", "--steps", "2", "--batch", "2", "--length", "32", "--fp32"]
+    command += ["--model", tiny_model, "--results", str(tmp_path), "--window", "1", "--jobs", "2"]
+    assert convergence.main([*command, "--minutes", "0.1"]) == 3
+    assert convergence.main([*command, "--seeds", "0", "1"]) == 0
+    rows = Record.load(tmp_path / "training_convergence_cpu.json").rows
+    assert sorted(each["shape"]["seed"] for each in rows) == [0, 1]
+    assert all(each["error"] is None and len(each["curves"]["loss"]) == 2 for each in rows)
+    assert rows[0]["curves"] != rows[1]["curves"]
