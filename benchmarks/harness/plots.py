@@ -25,6 +25,7 @@ LABELS = {
     "ours-keep-512m": "liger_trainer, 512 MiB kept",
     "ours-keep-0": "liger_trainer, nothing kept",
     "ours-least": "liger_trainer, least memory",
+    "ours-least-1g": "liger_trainer, least memory and 1 GiB kept",
     "hf": "Hugging Face",
     "compile": "torch.compile",
     "torch": "PyTorch fused",
