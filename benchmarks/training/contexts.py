@@ -8,6 +8,7 @@ from typing import Any
 __all__ = ["OUT_OF_MEMORY", "fits", "largest", "next_length"]
 
 OUT_OF_MEMORY = "out of memory"
+FULL = 0.97  # of a device: the rest is its driver's, and gaps
 
 
 def fits(rows: Sequence[Mapping[str, Any]]) -> dict[int, bool] | None:
@@ -20,10 +21,19 @@ def fits(rows: Sequence[Mapping[str, Any]]) -> dict[int, bool] | None:
     return found
 
 
-def next_length(tried: Mapping[int, bool], start: int, multiple: int, precision: float, longest: int) -> int | None:
+def next_length(
+    tried: Mapping[int, bool],
+    start: int,
+    multiple: int,
+    precision: float,
+    longest: int,
+    peaks: Mapping[int, float] | None = None,
+    capacity: float | None = None,
+) -> int | None:
     """The length to try next, or None when the largest one that fits is known.
 
-    Doubles from ``start`` until something doesn't fit (or halves, where ``start`` doesn't), then bisects.
+    Doubles from ``start`` until something doesn't fit (or halves, where ``start`` doesn't), then bisects. Once two
+    lengths say what a token takes, the next guess is instead where that fills the device, and then what is just beyond.
 
     Args:
         tried: whether a length fits.
@@ -32,16 +42,29 @@ def next_length(tried: Mapping[int, bool], start: int, multiple: int, precision:
         precision: the search ends when the shortest length that doesn't fit is no longer than ``1 + precision`` times
             the longest that does.
         longest: none beyond it is tried.
+        peaks: bytes that lengths took which did fit.
+        capacity: bytes of the device; without it nothing is guessed.
     """
     good = max((length for length, does in tried.items() if does), default=0)
     bad = min((length for length, does in tried.items() if not does), default=None)
     if bad is None:
-        longer = min(2 * good or start, longest)
-        return longer if longer > good else None
-    if bad - good <= max(multiple, precision * good):
+        following = min(2 * good or start, longest)
+    elif bad - good <= max(multiple, precision * good):
         return None
-    middle = (good + bad) // 2 // multiple * multiple
-    return middle if good < middle < bad else None
+    else:
+        following = (good + bad) // 2 // multiple * multiple
+    if not good < following < (bad or longest + 1):
+        return None
+    known = sorted((peaks or {}).items())[-2:]
+    if capacity is None or len(known) < 2 or known[1][1] <= known[0][1]:
+        return following
+    (shorter, less), (longer, more) = known
+    full = longer + (FULL * capacity - more) * (longer - shorter) / (more - less)
+    guess = int(full) // multiple * multiple
+    if guess <= good:  # as good as full already
+        guess = max(good + multiple, int(good * (1 + precision)) // multiple * multiple)
+    guess = min(guess, longest)
+    return guess if good < guess < (bad or longest + 1) else following
 
 
 def largest(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int | None]:

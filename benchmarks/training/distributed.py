@@ -33,11 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 import psutil
 
 from harness.record import Record, Row, key
-from training import contexts
-from training.contexts import OUT_OF_MEMORY
+from training.contexts import OUT_OF_MEMORY, next_length
 from training.distributed_worker import Run, as_json
 
-__all__ = ["PRESETS", "Launch", "Sweep", "launch", "next_length"]
+__all__ = ["PRESETS", "Launch", "Sweep", "launch"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -149,33 +148,6 @@ def end(process: subprocess.Popen[Any]) -> None:
     psutil.wait_procs(started, timeout=10)
 
 
-def next_length(
-    probes: dict[int, bool], peaks: dict[int, float], capacity: float | None, granularity: int, longest: int
-) -> int | None:
-    """The length to try next in the search of the largest that fits; None when it is found.
-
-    As `contexts.next_length`, but that a start of processes costs more than a step: once two lengths say what a token
-    takes, the next guess is where that fills the device.
-
-    Args:
-        probes: whether a length fitted.
-        peaks: bytes that lengths took which did.
-        capacity: bytes of the device, or None.
-        granularity: between two lengths.
-        longest: none beyond it is tried.
-    """
-    following = contexts.next_length(probes, granularity, granularity, 0.0, longest)
-    known = sorted(peaks)[-2:]
-    if following is None or capacity is None or len(known) < 2 or peaks[known[1]] <= peaks[known[0]]:
-        return following
-    slope = (peaks[known[1]] - peaks[known[0]]) / (known[1] - known[0])
-    guess = int(known[1] + (0.97 * capacity - peaks[known[1]]) / slope) // granularity * granularity
-    low = max((length for length, fits in probes.items() if fits), default=0)
-    high = min((length for length, fits in probes.items() if not fits), default=longest + granularity)
-    guess = max(guess, low + granularity)
-    return guess if guess < high else following
-
-
 class Sweep:
     """Measures runs one after the other into the records of a folder."""
 
@@ -267,7 +239,8 @@ class Sweep:
                 peaks[other["shape"]["length"]] = other["peak_bytes"]
             elif same and other["error"] == OUT_OF_MEMORY:
                 probes[other["shape"]["length"]] = False
-        while (length := next_length(probes, peaks, capacity, self.granularity, self.longest)) is not None:
+        step = self.granularity
+        while (length := next_length(probes, step, step, 0.0, self.longest, peaks, capacity)) is not None:
             if self.left < LEAST_SECONDS:
                 self.show(f"{what}: largest context not finished, {self.left:.0f} s are left")
                 return False

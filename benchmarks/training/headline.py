@@ -6,7 +6,8 @@
 
 ``steps`` measures runs of `training.runs` under providers, each in a process of its own: an out-of-memory error, a
 crash or a time-out ends its row alone. A provider may carry options, as ``ours:recompute=cheap``. ``contexts`` doubles
-the length of the sequences until they don't fit, and bisects; what ran on the way are the points of the curves.
+the length of the sequences up to ``--points-until``, for the points of the curves, and then looks for the largest that
+fits where the peaks so far say that it lies.
 ``plots`` draws what is on file.
 
 Every row is written as soon as it is known, to ``benchmarks/results/training_{steps,contexts}_<device>.json``. What is
@@ -156,6 +157,19 @@ def measure_steps(options: argparse.Namespace, record: Record, path: Path, clock
             store(row, record, path, progress, started)
 
 
+def length_to_try(rows: list[Row], options: argparse.Namespace) -> int | None:
+    """Points of the curve, then the largest length; None where it is known, or can't be for another reason."""
+    tried = fits(rows)
+    if tried is None:
+        return None
+    peaks = {row["shape"]["length"]: row["peak_bytes"] for row in rows if row["peak_bytes"]}
+    capacity = next((row["capacity_bytes"] for row in rows if row.get("capacity_bytes")), None)
+    if all(tried.values()) and max(tried, default=0) < options.points_until:
+        capacity = None  # a point of the curve, not the end of it
+    where = options.start, options.multiple, options.precision, options.longest
+    return next_length(tried, *where, peaks, capacity)
+
+
 def measure_contexts(options: argparse.Namespace, record: Record, path: Path, clock: Clock) -> None:
     """The lengths of each job up to the largest that fits; one process serves as long as it answers."""
     jobs = chosen(options)
@@ -165,10 +179,7 @@ def measure_contexts(options: argparse.Namespace, record: Record, path: Path, cl
     for i, (name, run, provider) in enumerate(jobs, 1):
         process: Isolated | None = None
         try:
-            while (tried := fits(rows_of(record, name, provider))) is not None:
-                length = next_length(tried, options.start, options.multiple, options.precision, options.longest)
-                if length is None:
-                    break
+            while (length := length_to_try(rows_of(record, name, provider), options)) is not None:
                 clock.check()
                 started = time.monotonic()
                 row = new_row(name, run, provider, length)
@@ -223,7 +234,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--limit-gb", type=float, help="let a process allocate so much, 1e9 bytes, and no more")
         command.add_argument("--warmup", type=int, default=5, help="steps before the measured ones")
         command.add_argument("--steps", type=int, default=20, help="measured steps; the median counts")
-        command.add_argument("--seconds", type=float, default=30, help="after so many, two measured steps suffice")
+        command.add_argument("--seconds", type=float, default=30, help="after so many, one measured step suffices")
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files and plots")
     command = commands.choices["steps"]
     command.add_argument("--batch", type=int, help="sequences, or pairs, in place of the run's")
@@ -240,6 +251,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     command = commands.choices["contexts"]
     command.set_defaults(warmup=2, steps=5, seconds=15)
     command.add_argument("--start", type=int, default=1024, help="the first length")
+    command.add_argument("--points-until", type=int, default=16384, help="lengths are doubled up to here, if they fit")
     command.add_argument("--multiple", type=int, default=1024, help="of which every length is one")
     command.add_argument("--precision", type=float, default=1 / 16, help="of the largest length, relative")
     command.add_argument("--longest", type=int, default=2**20)

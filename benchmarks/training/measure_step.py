@@ -20,7 +20,7 @@ from .training_step import TrainingStep, build, import_for
 
 __all__ = ["device_without_touching_it", "measurer"]
 
-FEWEST_STEPS = 2  # measured, when the time is up
+FEWEST_WARMUP, FEWEST_STEPS = 1, 1  # when the time is up; a first step makes the optimizer's state
 
 
 def describe_device() -> Callable[[None], str]:
@@ -33,6 +33,14 @@ def device_without_touching_it(seconds: float) -> str:
         return device_name(torch.device("cpu"))
     with Isolated(describe_device) as process:
         return process.ask(None, seconds)
+
+
+def memory_of(device: torch.device, limit_bytes: int | None) -> int | None:
+    """Bytes of the device; of a limit, where there is one, which holds from here on. None for a CPU without one."""
+    if limit_bytes is not None:
+        limit_memory(limit_bytes, device)
+        return limit_bytes
+    return None if device.type == "cpu" else torch.get_device_module(device).mem_get_info()[1]
 
 
 def limit_memory(n_bytes: int, device: torch.device) -> None:
@@ -50,20 +58,21 @@ def limit_memory(n_bytes: int, device: torch.device) -> None:
 def timed(
     step: TrainingStep, device: torch.device, warmup: int, steps: int, seconds: float
 ) -> tuple[list[float], list[torch.Tensor]]:
-    """Milliseconds of each measured step, and all losses. Once ``seconds`` are over, two measured steps suffice."""
+    """Milliseconds of each measured step, and all losses. Once ``seconds`` are over, one of each kind suffices."""
     times: list[float] = []
-    losses = []
+    losses: list[torch.Tensor] = []
     began = time.perf_counter()
-    for count in range(warmup + steps):
-        if count == warmup and device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats()
+    while len(times) < steps:
         late = time.perf_counter() - began > seconds
         if late and len(times) >= FEWEST_STEPS:
             break
+        measured = len(losses) >= (FEWEST_WARMUP if late else warmup) or bool(times)
+        if measured and not times and device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats()
         started = time.perf_counter()
         losses.append(step())
         synchronize(device)
-        if count >= warmup:
+        if measured:
             times.append((time.perf_counter() - started) * 1e3)
     return times, losses
 
@@ -78,12 +87,12 @@ def measurer(run: Run, provider: str, limit_bytes: int | None = None) -> Callabl
     device = current_device()
     who = Provider.parse(provider)
     import_for(run, who)
+    capacity_bytes: int | None = None
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
-        nonlocal limit_bytes
-        if limit_bytes is not None:
-            limit_memory(limit_bytes, device)
-            limit_bytes = None
+        nonlocal capacity_bytes
+        if capacity_bytes is None:
+            capacity_bytes = memory_of(device, limit_bytes)
         free_memory(device)
         step = build(run, who, device, request["length"])
         if request["what"] == "memory":
@@ -101,6 +110,7 @@ def measurer(run: Run, provider: str, limit_bytes: int | None = None) -> Callabl
             "peak_bytes": memory_over_time(step, device)["peak_bytes"]
             if device.type == "cpu"
             else torch.accelerator.max_memory_allocated(),
+            "capacity_bytes": capacity_bytes,
             "first_loss": float(losses[0]),
             "last_loss": float(losses[-1]),
             "patched": step.patched,

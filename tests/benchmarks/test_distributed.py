@@ -13,7 +13,7 @@ import pytest
 import report
 from harness.record import Record
 from training import distributed, distributed_report
-from training.distributed import OUT_OF_MEMORY, PRESETS, Sweep, launch, next_length, tiny
+from training.distributed import OUT_OF_MEMORY, PRESETS, Sweep, launch, tiny
 from training.distributed_worker import LOSSES, Run
 
 DEVICE = "NVIDIA H200"
@@ -108,20 +108,6 @@ def test_a_later_call_goes_on_where_the_time_was_over(tmp_path):
     assert start.calls[2:] == [("hf", (32,)), ("ours", (32,))]
     assert not sweep(tmp_path, start, seconds=1.0).measure([replace(RUN, strategy="ddp")])
     assert len(start.calls) == 4
-
-
-@pytest.mark.parametrize("most", [1024, 5000, 70_000, 163_840])
-@pytest.mark.parametrize("capacity", [None, 1000.0])
-def test_the_largest_context_is_found(most, capacity):
-    probes, peaks, tried = {}, {}, 0
-    while (length := next_length(probes, peaks, capacity, 1024, 2**20)) is not None:
-        assert length % 1024 == 0 and length not in probes
-        probes[length] = length <= most
-        if probes[length]:
-            peaks[length] = 100 + 900 * length / most
-        tried += 1
-    assert max(length for length, fits in probes.items() if fits) == most // 1024 * 1024
-    assert tried <= (18 if capacity is None else 12)
 
 
 def test_the_search_goes_on_in_a_later_call_and_starts_from_what_was_measured(tmp_path):

@@ -87,6 +87,31 @@ def test_search_for_the_largest_context():
     assert list(search(10**9, longest=5000)) == [1024, 2048, 4096, 5000]
 
 
+@pytest.mark.parametrize("most", [700, 1024, 5000, 70_000, 163_840])
+@pytest.mark.parametrize("precision", [0.0, 1 / 16])
+def test_peaks_say_where_to_look_for_the_largest_context(most, precision):
+    tried, peaks = {}, {}
+    while (length := next_length(tried, 1024, 1024, precision, 2**20, peaks, capacity=1000.0)) is not None:
+        assert length % 1024 == 0 and length not in tried
+        tried[length] = length <= most
+        if tried[length]:
+            peaks[length] = 100 + 900 * length / most
+    good, bad = max((n for n in tried if tried[n]), default=0), min(n for n in tried if not tried[n])
+    assert bad <= max(good + 1024, good * (1 + precision)) and good <= most < bad
+    assert len(tried) <= (12 if precision == 0 else 6)
+
+
+def test_points_of_a_curve_come_before_the_search():
+    options = headline.read_options(["contexts", "--points-until", "8192"])
+    rows: list[dict] = []
+    while (length := headline.length_to_try(rows, options)) is not None:
+        error, peak = (None, 100 + length / 100) if length <= 80_000 else (OUT_OF_MEMORY, None)
+        rows.append(row(length, error) | {"peak_bytes": peak, "capacity_bytes": peak and 900})
+    lengths = [each["shape"]["length"] for each in rows]
+    assert lengths[:4] == [1024, 2048, 4096, 8192] and 75_000 < lengths[4] < 80_000
+    assert len(lengths) <= 7 and largest(rows)[0] * 17 / 16 + 1024 >= largest(rows)[1]
+
+
 def row(length, error):
     return {"shape": {"length": length}, "error": error}
 
