@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..kernels import CrossEntropyOutput, linear_cross_entropy, linear_log_probs
 
@@ -27,7 +28,7 @@ def likeliest_classes(logits: DeferredLogits) -> Tensor | None:
     """(\\*) the class of each row's largest logit, without logits; None where these exist or must be built."""
     if logits.cell.value is not None or logits.head is None or _capped_the_other_way(logits):
         return None
-    weight, bias = logits.head.tensors(logits.transform.n_classes)
+    weight, bias = logits.rows()
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     with torch.no_grad():
         output = linear_cross_entropy(
@@ -82,7 +83,7 @@ class DeferredLogProbs:
             or options
         ):
             return self.materialize().gather(dim, index, **options)
-        weight, bias = logits.head.tensors(logits.transform.n_classes)
+        weight, bias = logits.rows()
         labels = index.squeeze(-1)
         log_probs = linear_log_probs(
             logits.hidden,
@@ -97,6 +98,15 @@ class DeferredLogProbs:
         )
         assert isinstance(log_probs, Tensor)
         return log_probs.to(self._dtype).unsqueeze(-1)
+
+    def nll_loss(self, target: Tensor, *args: Any, **options: Any) -> Tensor:
+        """What :func:`torch.nn.functional.nll_loss` takes of log-probabilities (N, V): without logits."""
+        if self._value is not None or len(self.shape) != 2:
+            return F.nll_loss(self.materialize(), target, *args, **options)
+        logits = self._logits.to(self._dtype)
+        if isinstance(logits, Tensor):
+            return F.cross_entropy(logits, target, *args, **options)
+        return logits.unsmoothed_cross_entropy(target, *args, **options)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(Tensor, name):
@@ -133,9 +143,13 @@ class DeferredLogProbs:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.gather and isinstance(args[0], DeferredLogProbs):
-            return args[0].gather(*args[1:], **kwargs)
+        name = _RECORDED.get(func)
+        if name is not None and args and isinstance(args[0], DeferredLogProbs):
+            return getattr(args[0], name)(*args[1:], **kwargs)
         return func(*map(_built, args), **{name: _built(value) for name, value in kwargs.items()})
+
+
+_RECORDED: dict[Callable[..., Any], str] = {torch.gather: "gather", F.nll_loss: "nll_loss"}
 
 
 def _built(value: Any) -> Any:

@@ -30,6 +30,7 @@ from ..kernels import cross_entropy, linear_cross_entropy
 from ..kernels._dtypes import gradient_dtype
 from ..kernels._vocabulary import VocabularyShard, local_head, replicated
 from . import sharding
+from .class_changes import ClassChange, Filled, Scaled, Shifted, chosen_classes, one_a_class
 from .counted_labels import CountedLabels
 from .deferred_log_probs import DeferredLogProbs, likeliest_classes
 from .sharding import HeadWeight
@@ -162,11 +163,12 @@ class _Transform:
 
 
 class _Cell:
-    """Keeps the logits once they were materialised, so that an in-place change of them is seen by later uses."""
+    """What an in-place change of the logits changes: their classes' changes, and the logits once they were built."""
 
-    __slots__ = ("value",)
+    __slots__ = ("changes", "value")
 
-    def __init__(self) -> None:
+    def __init__(self, changes: tuple[ClassChange, ...] = ()) -> None:
+        self.changes = changes
         self.value: Tensor | None = None
 
 
@@ -244,8 +246,31 @@ class DeferredLogits(_Fields):
             self.hidden if hidden is None else hidden,
             self.head,
             self.transform if transform is None else transform,
-            _Cell(),
+            _Cell(self.cell.changes),
         )
+
+    def _of_classes(self) -> bool:
+        """Whether a change of single classes' logits can be recorded: they are the head's, cast at the most."""
+        linear = self.transform.inner == 1 and not self.transform.capped
+        return self.head is not None and self.cell.value is None and linear
+
+    def _is_for_classes(self, numbers: Any) -> bool:
+        fits = one_a_class(numbers, self.dim(), self.shape[-1]) and self._of_classes()
+        return fits and numbers.is_floating_point()
+
+    def _changed(self, change: type[Scaled | Shifted], numbers: Tensor) -> DeferredLogits:
+        # A copy, since sharding frameworks free parameters, and buffers change.
+        dtype = torch.promote_types(self.dtype, numbers.dtype)
+        changed = self._with(transform=replace(self.transform, cast_to=dtype))
+        changed.cell.changes += (change(numbers.reshape(-1).to(dtype, copy=True), dtype),)
+        return changed
+
+    def _fill(self, chosen: Tensor | None, value: Any) -> bool:
+        """Record a constant in place of the chosen classes' logits, in place; False where it can't be."""
+        if chosen is None or not isinstance(value, (int, float)) or isinstance(value, bool):
+            return False
+        self.cell.changes += (Filled(chosen, float(value)),)
+        return True
 
     def _cast(self, dtype: torch.dtype) -> Any:
         # A cast to a narrower type rounds, which the fused op would not.
@@ -269,6 +294,15 @@ class DeferredLogits(_Fields):
 
     def contiguous(self) -> Any:
         return self
+
+    def is_contiguous(self) -> bool:
+        return self.cell.value is None or self.cell.value.is_contiguous()
+
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        moved = [dim % self.dim() if -self.dim() <= dim < self.dim() else None for dim in (dim0, dim1)]
+        if self.cell.value is not None or None in moved or self.dim() - 1 in moved:
+            return self.materialize().transpose(dim0, dim1)
+        return self._with(self.hidden.transpose(dim0, dim1))
 
     def _reshaped(self, name: str, shape: tuple[Any, ...]) -> Any:
         if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)):
@@ -301,6 +335,8 @@ class DeferredLogits(_Fields):
         return self.materialize()[index]
 
     def _times(self, factor: Any, invert: bool = False) -> Any:
+        if not invert and self._is_for_classes(factor):
+            return self._changed(Scaled, factor)
         if self.cell.value is None and isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor:
             return self._with(transform=self.transform.times(1 / factor if invert else factor))
         return self.materialize() / factor if invert else self.materialize() * factor
@@ -314,6 +350,25 @@ class DeferredLogits(_Fields):
         return self._times(factor, invert=True)
 
     div = __truediv__
+
+    def __add__(self, numbers: Any) -> Any:
+        if self._is_for_classes(numbers):
+            return self._changed(Shifted, numbers)
+        _announce(self, "add")
+        return self.materialize() + _materialized(numbers)
+
+    __radd__ = __add__
+
+    def add(self, numbers: Any, **options: Any) -> Any:
+        return self.materialize().add(_materialized(numbers), **options) if options else self + numbers
+
+    def masked_fill(self, mask: Tensor, value: Any) -> Any:
+        if self._of_classes() and one_a_class(mask, self.dim(), self.shape[-1]):
+            filled = self._with()
+            if filled._fill(mask.reshape(-1).clone(), value):
+                return filled
+        _announce(self, "masked_fill")
+        return self.materialize().masked_fill(mask, value)
 
     def tanh(self) -> Any:
         if self.cell.value is None and not self.transform.capped:
@@ -349,6 +404,11 @@ class DeferredLogits(_Fields):
             dtype = torch.float32 if lifted else self.dtype
         return DeferredLogProbs(self, dtype)
 
+    def unsmoothed_cross_entropy(self, target: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Their cross entropy, whatever :func:`label_smoothing` says: that of a model which smooths by itself."""
+        with label_smoothing(0.0):
+            return F.cross_entropy(self, target, *args, **options)  # type: ignore[arg-type]
+
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
         last = dim in (-1, self.dim() - 1) and not keepdim
         classes = likeliest_classes(self) if last else None
@@ -372,10 +432,35 @@ class DeferredLogits(_Fields):
                 # Inside autocast this is what autocast does; outside it the dtypes would not meet by themselves.
                 with torch.autocast(logits.device.type, enabled=False):
                     logits = F.linear(logits.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            for change in self.cell.changes:
+                logits = change.of_logits(logits[..., : change.n_classes])
             self.cell.value = self.transform.apply(logits)
         return self.cell.value
 
+    def rows(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, H) and bias (V,) of the head that gives these logits but for their transform.
+
+        Raises:
+            RuntimeError: see :meth:`Head.tensors`.
+        """
+        assert self.head is not None
+        n_classes = self.transform.n_classes
+        if not self.cell.changes:
+            return self.head.tensors(n_classes)
+        weight, bias = self.head.tensors()
+        first = 0 if self.head.shard is None else self.head.shard.first_class
+        for change in self.cell.changes:
+            n_own = max(0, min(change.n_classes - first, len(weight)))
+            bias = None if bias is None else bias[:n_own]
+            weight, bias = change.of_rows(weight[:n_own], bias, slice(first, first + n_own), self.head.compute_dtype)
+        n_own = max(0, n_classes - first)
+        return weight[:n_own], None if bias is None else bias[:n_own]
+
     def __setitem__(self, index: Any, value: Any) -> None:
+        if self._of_classes():
+            chosen = chosen_classes(index, self.dim(), self.shape[-1], self.device)
+            if self._fill(chosen, value):
+                return
         _announce(self, "an assignment to some of them")
         self.materialize()[index] = value
 
@@ -429,9 +514,8 @@ def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # tuple has its own meaning for some of these; a caller who writes them means the tensor's.
-for _name in ("add", "sub", "neg", "eq", "ne", "lt", "le", "gt", "ge", "matmul", "pow", "floordiv", "mod", "abs"):
+for _name in ("sub", "neg", "eq", "ne", "lt", "le", "gt", "ge", "matmul", "pow", "floordiv", "mod", "abs"):
     setattr(DeferredLogits, f"__{_name}__", _operator(getattr(operator, f"__{_name}__")))
-DeferredLogits.__radd__ = _operator(lambda logits, other: other + logits)  # type: ignore[attr-defined]
 DeferredLogits.__rsub__ = _operator(lambda logits, other: other - logits)  # type: ignore[attr-defined]
 DeferredLogits.__rtruediv__ = _operator(lambda logits, other: other / logits)  # type: ignore[attr-defined]
 
@@ -502,7 +586,7 @@ def _fused_cross_entropy(
     if logits.head is None:
         loss = cross_entropy(logits.hidden[..., :n_classes], target, weight=weight, **options)
     else:
-        head_weight, bias = logits.head.tensors(n_classes)
+        head_weight, bias = logits.rows()
         loss = linear_cross_entropy(
             logits.hidden,
             head_weight,
@@ -527,8 +611,11 @@ _RECORDED: dict[Callable[..., Any], Callable[..., Any]] = {
     ),
     torch.log_softmax: lambda logits, dim, dtype=None: logits.log_softmax(dim, dtype),
     torch.argmax: DeferredLogits.argmax,
+    torch.transpose: DeferredLogits.transpose,
     torch.tanh: DeferredLogits.tanh,
     torch.mul: DeferredLogits.__mul__,
+    torch.add: DeferredLogits.add,
+    torch.masked_fill: DeferredLogits.masked_fill,
     torch.div: lambda logits, factor, **rounding: NotImplemented if rounding else logits / factor,
 }
 

@@ -6,6 +6,7 @@ works on labels, and logits at any other time; the model's forward, which is not
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -20,12 +21,14 @@ from ..kernels._tiles import _TILE_BYTES
 from ..kernels._vocabulary import is_divided_by_rows, is_dtensor
 from . import class_swap
 from .counted_labels import count_labels
-from .deferred_logits import defer
+from .deferred_logits import DeferredLogits, defer
 from .lazy_logits import settle
 from .memory import Trial
 from .options import Options
+from .own_head import DeferredProduct, has_own_forward, with_few_classes
+from .probe import Noise, quiet
 from .recogniser import ClassSwap, Finding, Skip, apply_all
-from .sharding import keep_whole, unwrapped
+from .sharding import HeadWeight, keep_whole, unwrapped
 
 __all__ = ["recognise"]
 
@@ -37,17 +40,27 @@ def _can_defer(head: nn.Linear) -> bool:
     return not is_dtensor(head.weight) or (is_divided_by_rows(head.weight) and not torch.compiler.is_compiling())
 
 
+def _deferred(head: nn.Linear, fused: bool, tile_bytes: int | None, input: Tensor) -> DeferredLogits:
+    logits = None if fused else F.linear(input, head.weight, head.bias)
+    weight_as: Any = getattr(head, "_liger_deferring", None) or HeadWeight.ALIAS
+    return defer(head, input, logits=logits, tile_bytes=tile_bytes, weight_as=weight_as)
+
+
 @functools.cache
-def _head_members(fused: bool, tile_bytes: int | None) -> dict[str, Any]:
-    @functools.wraps(nn.Linear.forward)
+def _head_members(original: Callable[..., Any], fused: bool, tile_bytes: int | None) -> dict[str, Any]:
     def forward(self: nn.Linear, input: Tensor) -> Any:
         if self._liger_deferring is None or not _can_defer(self):
             return F.linear(input, self.weight, self.bias)
-        logits = None if fused else F.linear(input, self.weight, self.bias)
-        weight_as: Any = self._liger_deferring
-        return defer(self, input, logits=logits, tile_bytes=tile_bytes, weight_as=weight_as)
+        return _deferred(self, fused, tile_bytes, input)
 
-    return {"forward": forward, "_liger_deferring": None}
+    def own_forward(self: nn.Linear, input: Tensor) -> Any:
+        if self._liger_deferring is None or is_dtensor(self.weight):
+            return original(self, input)
+        with DeferredProduct(self, functools.partial(_deferred, self, fused, tile_bytes)):
+            return original(self, input)
+
+    chosen = forward if original is nn.Linear.forward else own_forward
+    return {"forward": functools.wraps(original)(chosen), "_liger_deferring": None}
 
 
 @functools.cache
@@ -103,32 +116,42 @@ def _check(head: nn.Module, fused: bool) -> str | None:
     """Compare loss and gradients on small random tensors of the head's dtype and device with PyTorch's own."""
     assert isinstance(head.weight, Tensor)
     device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
-    generator = torch.Generator("cpu").manual_seed(0)
-    dtype, cpu = head.weight.dtype, torch.device("cpu")
-    tensors = [
-        torch.randn(shape, generator=generator, dtype=torch.float64, device=cpu) for shape in ((7, 24), (37, 24))
-    ]
-    labels = torch.randint(37, (7,), generator=generator, device=cpu)
-    labels[2] = -100
-    results = []
-    for deferred in (True, False):
-        # Both start from the same rounded numbers.
-        hidden, weight = (
-            nn.Parameter(tensor.to(device, dtype).to(dtype if deferred else torch.float64)) for tensor in tensors
-        )
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            logits: Any = F.linear(hidden, weight)
-            if deferred:
-                stub = nn.Linear(24, 37, bias=False, device="meta")
-                stub.weight = weight
-                logits = defer(stub, hidden, logits=None if fused else logits, tile_bytes=3 * 37 * dtype.itemsize)
-            loss = F.cross_entropy(logits.double() if not deferred else logits.float(), labels.to(device))
-            results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    noise, dtype = Noise(device), head.weight.dtype
+    labels = torch.tensor([5, 0, -100, 36, 11, 5, 20], device=device)
+    with quiet(device):
+        if has_own_forward(head):
+            small = with_few_classes(head, 37, noise)
+        else:
+            small = nn.Linear(24, 37, bias=False, device="meta")
+            small.weight = nn.Parameter(noise.normal(37, 24, dtype=dtype))
+        width = small.weight.shape[1]
+        hidden = noise.normal(7, width, dtype=dtype, scale=(24 / width) ** 0.5)
+        results: list[tuple[Tensor, ...]] = []
+        for deferred in (True, False):
+            # Both start from the same rounded numbers.
+            module = small if deferred else copy.deepcopy(small).double()
+            leaf = hidden.to(module.weight.dtype, copy=True).requires_grad_()
+            try:
+                if deferred:
+                    with DeferredProduct(module, functools.partial(_deferred, module, fused, 3 * 37 * dtype.itemsize)):
+                        logits = module(leaf)
+                else:
+                    logits = module(leaf)
+                if deferred and not (isinstance(logits, DeferredLogits) and logits.cell.value is None):
+                    return f"the forward of its {type(head).__name__} needs the logits' values"
+                loss = F.cross_entropy(logits.float() if deferred else logits.double(), labels)
+                leaves = (leaf, *(p for p in module.parameters() if p.requires_grad))
+                gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            except Exception as error:
+                return f"its forward raises {type(error).__name__}: {' '.join(str(error).split())[:200]}, on a probe"
+            results.append((loss.detach(), *gradients))
     tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 3e-2
-    for name, ours, reference in zip(("loss", "hidden's gradient", "weight's gradient"), *results, strict=True):
-        error = float((ours.detach().double() - reference.detach()).norm() / reference.detach().norm())
-        if not error < tolerance:
-            return f"the fused loss differs from PyTorch's here: {name} by {error:.1e}, more than {tolerance:.0e}"
+    trained = [name for name, parameter in small.named_parameters() if parameter.requires_grad]
+    names = ("loss", *(f"{name}'s gradient" for name in ("hidden", *trained)))
+    for name, ours, reference in zip(names, *results, strict=True):
+        gap, size = (float(each.norm()) for each in (ours.double() - reference.double(), reference.double()))
+        if not gap <= tolerance * size:
+            return f"the fused loss differs from PyTorch's here: {name} by {gap / size:.1e}, more than {tolerance:.0e}"
     return None
 
 
@@ -156,11 +179,14 @@ def _models_with_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
             yield path, module, paths[id(head)], head
 
 
-def _reason_against(model: nn.Module, head: nn.Module) -> str | None:
+def _reason_against(model: nn.Module, head: nn.Module, fused: bool) -> str | None:
     if "forward" in vars(model):
         return f"the forward of its {type(model).__name__} was replaced on the instance"
     stock = class_swap.stock_class(head)
-    if stock.forward is not nn.Linear.forward or not isinstance(getattr(head, "weight", None), Tensor):
+    if isinstance(head, nn.ModuleList):
+        return f"it is a list of {len(head)} heads, each with few classes as a rule, whose logits the model stacks"
+    served = stock.forward is nn.Linear.forward or (fused and has_own_forward(head))
+    if not served or not isinstance(getattr(head, "weight", None), Tensor):
         return f"it is a {stock.__module__}.{stock.__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(head) and not _is_tensor_parallel(head):
         return "its forward was replaced on the instance"
@@ -238,14 +264,15 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
     kernel = "linear_cross_entropy" if fused else "cross_entropy"
     found: dict[str, tuple[ClassSwap, list[ClassSwap]]] = {}
     for path, module, head_path, head in _models_with_heads(model):
-        reason = _reason_against(module, head)
-        if reason is None and options.check:
+        reason = _reason_against(module, head, fused)
+        if reason is None and (options.check or has_own_forward(head)):
             reason = _check(head, fused)
         if reason is not None:
             yield Skip(kind, head_path, type(head).__name__, reason)
             continue
         if head_path not in found:
-            members = functools.partial(_head_members, fused, options.tile_bytes)
+            forward = class_swap.stock_class(head).forward
+            members = functools.partial(_head_members, forward, fused, options.tile_bytes)
             checked = (cast(Tensor, head.weight).dtype,) if options.check else ()
             trial = functools.partial(_logits_bytes, head, fused, options.tile_bytes)
             verify = functools.partial(_check, head, fused)

@@ -144,7 +144,7 @@ def head_tensors(logits: Any, owner: Callable[..., Any] | nn.Module) -> HeadTens
             f"the LM head of {type(owner).__name__} is tensor-parallel, which this loss does not support. Set "
             "use_liger=False, or leave lm_head out of the tensor-parallel plan."
         )
-    weight, bias = logits.head.tensors(logits.transform.n_classes)
+    weight, bias = logits.rows()
     options = logits.transform.loss_options()
     return HeadTensors(
         logits.hidden, weight, bias, logits.head.compute_dtype, options["logit_scale"], options.get("softcap")

@@ -18,10 +18,11 @@ ALWAYS = {
     "causal": [
         "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "glm4",
         "mixtral", "gpt_oss", "llama4_text", "deepseek_v2", "deepseek_v3", "cohere2", "bamba", "gpt2", "xlm",
+        "prophetnet",
     ],
     "vision": [
         "llama4", "gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "llava",
-        "idefics3", "mllama", "kosmos-2.5", "nemotron_h_omni",
+        "idefics3", "mllama", "kosmos-2.5", "nemotron_h_omni", "chameleon", "idefics",
     ],
 }  # fmt: skip
 ROTATING = {"causal": 40, "vision": 12}
@@ -35,9 +36,6 @@ KNOWN = {
     ("causal", "gemma4_unified_assistant"): "layer types producing a cache|shared_kv_states",  # since transformers 5.24
     ("causal", "musicgen"): "the fused head did not run",
     ("causal", "musicgen_melody"): "the fused head did not run",
-    ("causal", "prophetnet"): "the fused head did not run",
-    ("vision", "chameleon"): "the fused head did not run",
-    ("vision", "idefics"): "the fused head did not run",
 }
 
 

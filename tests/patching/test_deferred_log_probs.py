@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from wide_tensors import wide_tensors
 
 from liger_trainer.patching.deferred_log_probs import DeferredLogProbs
-from liger_trainer.patching.deferred_logits import defer
+from liger_trainer.patching.deferred_logits import defer, label_smoothing
 
 V, H, ROWS = 131, 24, 5
 
@@ -67,6 +67,7 @@ def test_only_tiles_of_logits_exist(name):
         lambda p, labels: p.sum(-1),
         lambda p, labels: torch.stack([p, p]),
         lambda p, labels: F.nll_loss(p.flatten(0, 1), labels.flatten()),
+        lambda p, labels: F.nll_loss(p, labels[:, :1].expand(-1, V) % 7),
     ],
 )
 def test_any_other_use_builds_it(use):
@@ -82,3 +83,65 @@ def test_along_another_dimension_it_is_the_logits():
     head, hidden, _ = make()
     ours = F.log_softmax(defer(head, hidden, logits=None, tile_bytes=None), dim=1)
     torch.testing.assert_close(ours, F.linear(hidden, head.weight).log_softmax(1))
+
+
+LOSSES = {
+    "functional": lambda p, labels: F.nll_loss(p, labels),
+    "module": lambda p, labels: nn.NLLLoss(reduction="sum", ignore_index=7)(p, labels),
+    "weighted": lambda p, labels: F.nll_loss(p, labels, weight=torch.linspace(0.1, 2, V)),
+    "each": lambda p, labels: F.nll_loss(p, labels, reduction="none").square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nll_loss_is_the_cross_entropy_of_the_logits(name):
+    """As ProphetNet takes it, whose streams change places before."""
+    head, hidden, labels = make(bias=True)
+    labels[0, 2:4] = -100 if name != "module" else 7
+    leaves = [hidden, *head.parameters()]
+    results = []
+    for logits in (
+        defer(head, hidden, logits=None, tile_bytes=ROWS * V * 4),
+        F.linear(hidden, head.weight, head.bias),
+    ):
+        flat = logits.transpose(0, 1).contiguous().view(-1, V)
+        loss = LOSSES[name](F.log_softmax(flat, dim=-1, dtype=torch.float32), labels.t().reshape(-1))
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_nll_loss_needs_only_tiles_of_logits():
+    head, hidden, labels = make()
+    with wide_tensors(V, rows=ROWS, hidden_size=H) as found:
+        flat = torch.transpose(defer(head, hidden, logits=None, tile_bytes=ROWS * V * 4), 0, 1).contiguous().view(-1, V)
+        F.nll_loss(flat.log_softmax(-1), labels.t().reshape(-1)).backward()
+    assert not found
+
+
+def test_nll_loss_in_bf16_is_not_rounded_where_the_log_softmax_is_not():
+    head, hidden, labels = make()
+    head.bfloat16()
+    logits = defer(head, hidden.bfloat16(), logits=None, tile_bytes=None).view(-1, V)
+    loss = F.nll_loss(F.log_softmax(logits, -1, dtype=torch.float32), labels.view(-1))
+    expected = F.cross_entropy(F.linear(hidden.bfloat16(), head.weight).view(-1, V).float(), labels.view(-1))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_nll_loss_is_not_smoothed_behind_the_models_back():
+    head, hidden, labels = make()
+    with label_smoothing(0.3) as smoothing:
+        flat = defer(head, hidden, logits=None, tile_bytes=None).view(-1, V)
+        loss = F.nll_loss(flat.log_softmax(-1), labels.view(-1))
+    assert not smoothing.applied
+    torch.testing.assert_close(loss, F.cross_entropy(head(hidden).view(-1, V), labels.view(-1)))
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0), (-3, -2), (0, 2), (-1, 0), (1, 1)])
+def test_transposed_is_what_the_logits_give(dims):
+    head, hidden, _ = make()
+    ours = defer(head, hidden, logits=None, tile_bytes=None).transpose(*dims)
+    expected = F.linear(hidden, head.weight).transpose(*dims)
+    assert ours.shape == expected.shape
+    torch.testing.assert_close(ours + 0, expected)

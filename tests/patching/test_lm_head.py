@@ -375,12 +375,15 @@ class TestCountedLabels:
 def test_heads_that_are_not_linear_are_left_alone(tiny):
     model = tiny("Llama")
 
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * 2
+    class Scaled(nn.Module):
+        def __init__(self, hidden_size):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(V, hidden_size))
 
-    scaled = Scaled(model.config.hidden_size, V, bias=False)
-    model.set_output_embeddings(scaled)
+        def forward(self, x):
+            return F.linear(x, self.weight) * 2
+
+    model.set_output_embeddings(Scaled(model.config.hidden_size))
     report = liger_trainer.apply_liger_kernel(model)
     (skipped,) = [each for each in report.skipped if each.kind == "fused_linear_cross_entropy"]
     assert "not a plain torch.nn.Linear" in skipped.reason
