@@ -17,6 +17,7 @@ class Options:
         rms_norm: RMS norms.
         layer_norm: layer norms.
         mlp: gated MLPs (SwiGLU, GEGLU).
+        gelu: GELUs that are computed in several operations, by PyTorch's one.
         experts: the gates of a mixture's experts.
         fused_add_rms_norm: the residual addition before an RMS norm, in one kernel with it; needs ``rms_norm``.
         cross_entropy: the loss on materialised logits. Excludes ``fused_linear_cross_entropy``.
@@ -34,6 +35,7 @@ class Options:
     rms_norm: bool = True
     layer_norm: bool = True
     mlp: bool = True
+    gelu: bool = True
     experts: bool = True
     fused_add_rms_norm: bool = True
     cross_entropy: bool = False

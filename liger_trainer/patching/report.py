@@ -148,6 +148,7 @@ def _formula(kernel: str) -> str:
         "layer_norm": "layer norm",
         "swiglu": "silu(gate) * up",
         "geglu": "gelu(gate) * up",
+        "gelu": "GELU",
         "rotary": "rotary embedding",
         "linear_cross_entropy": "LM head and loss",
         "cross_entropy": "loss on logits",

@@ -14,6 +14,7 @@ COLUMNS = {
     "fused_add_rms_norm": "add + RMSNorm",
     "rope": "RoPE",
     "mlp": "MLP",
+    "gelu": "GELU",
     "experts": "experts",
     "fused_linear_cross_entropy": "deferred logits",
 }
