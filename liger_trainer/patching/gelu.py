@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .class_swap import stock_class
 from .forwards import renamed_like, takes_one_input
 from .memory import Trial
+from .mlp import may_be_gated
 from .options import Options
 from .probe import Call, Noise, compute_device, difference, fingerprint, probe_dtypes, quiet, shadow
 from .recogniser import ClassSwap, Finding, Skip
@@ -114,7 +115,9 @@ def _members(stock: Any, form: str) -> dict[str, Any]:
 
 
 def _width_before(parent: nn.Module) -> int | None:
-    """The width of the widest projection in ``parent``: what an activation between projections is applied to."""
+    """The width of the widest projection in ``parent``: what an activation between them is applied to."""
+    if may_be_gated(parent):  # of which the activation is a part
+        return None
     sizes = [getattr(child, "out_features", getattr(child, "nf", None)) for child in parent.children()]
     return max((size for size in sizes if isinstance(size, int)), default=None)
 

@@ -9,6 +9,7 @@ never reads their weights, so that adapters, quantised layers and hooks on them 
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from .probe import (
     difference,
     fingerprint,
     nearly_bitwise,
+    no_farther,
     probe_dtypes,
     quiet,
     shadow,
@@ -39,7 +41,7 @@ from .probe import (
 )
 from .recogniser import ClassSwap, Finding, Skip
 
-__all__ = ["recognise"]
+__all__ = ["may_be_gated", "recognise"]
 
 KIND = "mlp"
 
@@ -53,6 +55,8 @@ class Roles:
         down: name of the child.
         gate_first: for one projection of both, whether the gate is the first half of its output.
         dropout: name of a dropout module before down, or None.
+        cast_for_down: whether down's input is cast to the dtype of down's weight, as T5 does, which may keep that in
+            fp32. Of a weight that is no tensor, or int8, it is not.
     """
 
     gate: str
@@ -60,6 +64,7 @@ class Roles:
     down: str
     gate_first: bool = True
     dropout: str | None = None
+    cast_for_down: bool = False
 
     def run(self, mlp: Any, x: Tensor, activate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The forward of mlp, with ``activate(gate, up)`` between its projections."""
@@ -70,13 +75,26 @@ class Roles:
             inner = activate(first, second) if self.gate_first else activate(second, first)
         if self.dropout is not None:
             inner = getattr(mlp, self.dropout)(inner)
-        return getattr(mlp, self.down)(inner)
+        down = getattr(mlp, self.down)
+        if self.cast_for_down and isinstance(down.weight, Tensor) and down.weight.dtype != torch.int8:
+            inner = inner.to(down.weight.dtype)
+        return down(inner)
+
+
+class _DtypeOnly(Tensor):
+    """A weight that tells its dtype, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func != Tensor.dtype.__get__:  # type: ignore[attr-defined]
+            raise AttributeError("a projection's weight, of which no more than its dtype may be read")
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 class StubProjection(nn.Module):
     """A random projection of low rank: the cost of a probe does not grow with the product of the two sizes.
 
-    It has no ``weight``, so that a forward which reads one is found out.
+    Its ``weight`` has no values, so that a forward which reads them is found out; ``read``: whether it was looked at.
     """
 
     RANK = 8
@@ -86,6 +104,12 @@ class StubProjection(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.squeeze = nn.Parameter(noise.normal(in_features, self.RANK, dtype=dtype, scale=in_features**-0.5))
         self.expand = nn.Parameter(noise.normal(self.RANK, out_features, dtype=dtype, scale=self.RANK**-0.5))
+        self.read = False
+
+    @property
+    def weight(self) -> Tensor:
+        self.read = True
+        return torch.empty(0, dtype=self.squeeze.dtype).as_subclass(_DtypeOnly)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.squeeze @ self.expand
@@ -130,6 +154,11 @@ def _projections(module: nn.Module) -> dict[str, Any]:
         if isinstance(getattr(child, "in_features", None), int)
         and isinstance(getattr(child, "out_features", None), int)
     }
+
+
+def may_be_gated(module: nn.Module) -> bool:
+    """Whether the sizes of module's projections are those of a gated MLP."""
+    return bool(_possible_roles(module))
 
 
 def _possible_roles(module: nn.Module) -> list[Roles]:
@@ -184,14 +213,18 @@ def _dropouts(module: nn.Module) -> list[str]:
     return [name for name, child in module.named_children() if isinstance(child, nn.modules.dropout._DropoutNd)]
 
 
-def _probe(module: nn.Module, roles: Roles, dtype: torch.dtype) -> tuple[Any, Tensor]:
-    """module with random projections of dtype, and an input for it."""
+def _probe(
+    module: nn.Module, roles: Roles, dtype: torch.dtype, down_dtype: torch.dtype | None = None
+) -> tuple[Any, Tensor]:
+    """module with random projections of dtype, down's perhaps of another, and an input for it."""
     projections = _projections(module)
     noise = Noise(compute_device(_parameters(module)))
     mlp = shadow(
         module,
         {
-            name: StubProjection(child.in_features, child.out_features, noise, dtype)
+            name: StubProjection(
+                child.in_features, child.out_features, noise, (name == roles.down and down_dtype) or dtype
+            )
             for name, child in projections.items()
         },
     )
@@ -213,6 +246,9 @@ def _match(module: nn.Module, candidates: list[Roles]) -> list[tuple[Roles, Acti
     for each in theirs.values():
         if isinstance(each, str):
             return f"its forward {each}, on a probe"
+    read = [name for name in _projections(module) if getattr(mlp, name).read]
+    if read:
+        candidates = [replace(roles, cast_for_down=True) for roles in candidates if [roles.down] == read]
     found = []
     for roles, activation in itertools.product(candidates, ACTIVATIONS):
         ours = functools.partial(roles.run, mlp, activate=activation.eager)
@@ -229,12 +265,35 @@ def _verify(module: nn.Module, roles: Roles, activation: Activation) -> str | No
 
 
 def _disagreement(module: nn.Module, roles: Roles, activation: Activation, dtype: torch.dtype) -> str | None:
+    found = _difference(module, roles, activation, dtype, dtype)
+    if found is None and roles.cast_for_down:
+        found = _difference(module, roles, activation, dtype, torch.float32)
+    return found
+
+
+def _difference(
+    module: nn.Module, roles: Roles, activation: Activation, dtype: torch.dtype, down_dtype: torch.dtype
+) -> str | None:
     where = f"in {dtype}".replace("torch.", "")
-    mlp, x = _probe(module, roles, dtype)
+    mlp, x = _probe(module, roles, dtype, down_dtype)
     forward, replay = _forward(roles, activation), Replay(x.device)
     weights = list(mlp.parameters())
     ours = Call.of(replay(functools.partial(forward, mlp)), [x], weights)
-    return difference(ours, Call.of(replay(mlp.forward), [x], weights), where)
+    reason = difference(ours, Call.of(replay(mlp.forward), [x], weights), where)
+    if reason is not None and activation.written_out and dtype != torch.float32:
+        # Each operation rounds, and what is left of a small number is its rounding.
+        mlp.eval()
+        exact = copy.deepcopy(mlp).double()
+        calls = (
+            Call.of(function, [inputs], list(each.parameters()))
+            for function, inputs, each in (
+                (functools.partial(forward, mlp), x, mlp),
+                (mlp.forward, x, mlp),
+                (exact.forward, x.detach().double().requires_grad_(), exact),
+            )
+        )
+        return None if no_farther(*calls) else reason
+    return reason
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 
 from liger_trainer import kernels
 from liger_trainer.patching import apply_liger_kernel, plan
@@ -109,6 +110,77 @@ def test_known_mlps(make, kernel, dtype):
         assert (ours.double() - truth).norm() <= tolerance * truth.norm()
     assert torch.equal(mlp(states=x), mlp(x))
     assert inspect.signature(mlp.forward) == inspect.signature(plain.forward)
+
+
+class CastForDown(Mlp):
+    """T5 1.1: GELU written out, dropout, and the last projection perhaps in fp32."""
+
+    def __init__(self, act=None, p=0.0) -> None:
+        super().__init__(act or ACT2FN["gelu_new"])
+        self.drop = nn.Dropout(p)
+
+    def forward(self, states):
+        states = self.drop(self.act_fn(self.gate_proj(states)) * self.up_proj(states))
+        weight = self.down_proj.weight
+        if isinstance(weight, torch.Tensor) and states.dtype != weight.dtype and weight.dtype != torch.int8:
+            states = states.to(weight.dtype)
+        return self.down_proj(states)
+
+
+class CastForGate(Mlp):
+    def forward(self, states):
+        return super().forward(states.to(self.gate_proj.weight.dtype))
+
+
+class CastAndScale(CastForDown):
+    """Something else where the cast does something."""
+
+    def forward(self, states):
+        states = self.act_fn(self.gate_proj(states)) * self.up_proj(states)
+        if states.dtype != self.down_proj.weight.dtype:
+            states = states.to(self.down_proj.weight.dtype) * 1.1
+        return self.down_proj(states)
+
+
+class CastToFloat(CastForDown):
+    def forward(self, states):
+        assert self.down_proj.weight.dtype
+        states = self.act_fn(self.gate_proj(states)) * self.up_proj(states)
+        return self.down_proj(states.float()).to(states.dtype)
+
+
+@pytest.mark.parametrize("act", ["gelu_new", "silu", "gelu"])
+@pytest.mark.parametrize("down_dtype", [torch.float32, torch.bfloat16])
+def test_an_input_of_down_that_is_cast_to_its_weights_dtype(act, down_dtype):
+    torch.manual_seed(0)
+    mlp = CastForDown(ACT2FN[act]).bfloat16()
+    mlp.down_proj.to(down_dtype)
+    plain, exact = copy.deepcopy(mlp), copy.deepcopy(mlp).double()
+    report = apply_liger_kernel(nn.ModuleDict({"part": mlp}), gelu=False)
+    kernel = {"gelu_new": "geglu(tanh)", "silu": "swiglu", "gelu": "geglu(none)"}[act]
+    assert [(entry.path, entry.kernel) for entry in report.replaced] == [("part", kernel)]
+    x = (torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0)) * 2).bfloat16()
+    for ours, theirs, truth in zip(run(mlp, x), run(plain, x), run(exact, x.double()), strict=True):
+        assert ours.dtype == theirs.dtype
+        errors = [float((each.double() - truth).norm() / truth.norm()) for each in (ours, theirs)]
+        assert errors[0] < (min(1.5e-2, 1.1 * errors[1]) if act == "gelu_new" else 6e-3)
+    mlp.down_proj.double()  # what the weight has by then counts
+    mlp.down_proj.bias = None
+    assert mlp(x).dtype == torch.float64
+
+
+def test_a_model_in_fp32_whose_gelu_is_written_out():
+    mlp = CastForDown()
+    plain = copy.deepcopy(mlp)
+    assert apply_liger_kernel(nn.ModuleDict({"part": mlp})).counts()["mlp"] == 1
+    x = torch.randn(3, HIDDEN)
+    for ours, theirs in zip(run(mlp, x), run(plain, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_what_gelu_saves_is_not_counted_twice():
+    entries = {e.kind: e.saves for e in plan(nn.ModuleDict({"part": CastForDown()}), batch=2, length=5).replaced}
+    assert entries["mlp"] > 0 and not entries["gelu"]
 
 
 def test_one_rounding_or_two():
@@ -236,6 +308,9 @@ class Interleaved(Fused):
         (WithDropout, "computes something else than down(silu or gelu(gate(x)) * up(x)), which shows in bfloat16"),
         (FunctionalDropout, "computes something else"),
         (ReadsItsWeight, "its forward raises AttributeError"),
+        (CastForGate, "computes something else"),
+        (lambda: CastAndScale(nn.SiLU()), "differs by"),
+        (lambda: CastToFloat(nn.SiLU()), "its forward raises RuntimeError"),
         (Scaled, "has parameters or buffers of its own"),
         (Detached, "gradient"),
         (Interleaved, "computes something else"),

@@ -11,6 +11,7 @@ from liger_trainer.patching.probe import (
     difference,
     fingerprint,
     nearly_bitwise,
+    no_farther,
     quiet,
     shadow,
     training_dtype,
@@ -146,6 +147,24 @@ class TestDifference:
 
     def test_nan_where_a_number_is_expected(self):
         assert difference(self.of(lambda x: x * float("nan")), self.of(lambda x: x), "here") is not None
+
+    def test_no_farther(self):
+        x = torch.linspace(-9, 9, 40, dtype=torch.bfloat16).view(2, 20).requires_grad_()
+
+        def written_out(x):
+            return 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x.pow(3))))
+
+        def gelu(x, factor=1.0):
+            return factor * nn.functional.gelu(x, approximate="tanh")
+
+        exact = Call.of(gelu, [x.detach().double().requires_grad_()])
+        once, often = Call.of(gelu, [x]), Call.of(written_out, [x])
+        assert no_farther(once, often, exact)
+        assert no_farther(often, often, exact)
+        assert not no_farther(Call.of(lambda x: gelu(x, 1.3), [x]), often, exact)
+        assert not no_farther(Call.of(lambda x: gelu(x).detach() + 0 * x, [x]), often, exact)
+        assert not no_farther("raises", often, exact)
+        assert not no_farther(Call.of(lambda x: gelu(x).float(), [x]), often, exact)
 
     def test_nearly_bitwise_sees_a_cast(self):
         once = self.of(lambda x: (nn.functional.silu(x.float()) * 1.7).to(x.dtype), torch.bfloat16)
