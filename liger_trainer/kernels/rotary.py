@@ -145,7 +145,7 @@ def _tiles(q_heads: int, k_heads: int, head_dim: int, pairs: int) -> tuple[int, 
     rest = triton.next_power_of_2(max(head_dim - 2 * pairs, 16))
     most = max(1, _TILE // block)
     q_tile = min(triton.next_power_of_2(q_heads), most)
-    k_tile = min(triton.next_power_of_2(k_heads), most)
+    k_tile = min(triton.next_power_of_2(max(k_heads, 1)), most)
     return q_tile, k_tile, block, rest, min(max(max(q_tile, k_tile) * block // 512, 1), 8)
 
 
@@ -387,7 +387,7 @@ def rotary(
 
     Args:
         q: (B, Hq, S, D), or (B, S, Hq, D) with ``unsqueeze_dim=2``; any floating point dtype, any strides.
-        k: the same with Hk heads.
+        k: the same with Hk heads; with none, as ``q.narrow(unsqueeze_dim, 0, 0)``, where there is but one to rotate.
         cos: (B or 1, S, R), or (B or 1, S, R / 2) with ``per_pair``; R even and at most D. It may be expanded over B.
         sin: like cos.
         interleaved: see above.

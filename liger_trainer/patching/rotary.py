@@ -28,7 +28,16 @@ from .memory import Trial
 from .options import Options
 from .probe import compute_device, probe_dtypes, training_dtype
 from .recogniser import ClassSwap, Finding, Skip
-from .rotary_formulas import ComplexRotation, Rotation, bind, identify, signature_of, takes_heads_and_tables
+from .rotary_formulas import (
+    ComplexRotation,
+    OneAtATime,
+    Rotation,
+    bind,
+    for_both,
+    identify,
+    signature_of,
+    takes_heads_and_tables,
+)
 
 __all__ = ["recognise"]
 
@@ -166,4 +175,7 @@ def _trial(
     else:
         width = head_dim // 2 if rotation.tables == "pairs" else head_dim
         tables = [torch.empty(1, length, width, dtype=dtype, device="meta") for _ in range(2)]
-    return Trial(function, bind(function, rotation), [q.requires_grad_(), k.requires_grad_(), *tables])
+    bound = bind(function, rotation)
+    if isinstance(rotation, OneAtATime):
+        function, bound = for_both(function), for_both(bound)
+    return Trial(function, bound, [q.requires_grad_(), k.requires_grad_(), *tables])

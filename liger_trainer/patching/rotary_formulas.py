@@ -30,7 +30,7 @@ from .. import kernels
 from .forwards import renamed_like
 from .probe import Call, Noise, difference, quiet
 
-__all__ = ["ComplexRotation", "Rotation", "bind", "identify", "signature_of", "takes_heads_and_tables"]
+__all__ = ["ComplexRotation", "OneAtATime", "Rotation", "bind", "identify", "signature_of", "takes_heads_and_tables"]
 
 # What a rotary function may take besides q, k and the two tables.
 OPTIONAL = ((), ("unsqueeze_dim",), ("position_ids", "unsqueeze_dim"))
@@ -50,6 +50,7 @@ class Rotation:
         keep_dtype: whether the results keep the dtypes of queries and keys where the tables have another one.
         partial: whether tables narrower than the head rotate its first part.
         mixed: whether queries and tables may have different dtypes.
+        tail: whether tables narrower than the head rotate its last part (DeepSeek-V4).
     """
 
     layout: Literal["halves", "neighbours", "split"]
@@ -59,6 +60,7 @@ class Rotation:
     keep_dtype: bool = False
     partial: bool = True
     mixed: bool = True
+    tail: bool = False
 
     def kernel(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
         if self.tables == "half":
@@ -80,20 +82,37 @@ class Rotation:
         )
 
     def knows(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> bool:
-        width = 2 * cos.shape[-1] if self.tables == "pairs" else cos.shape[-1]
         return (
             q.dim() == k.dim() == 4
             and cos.dim() == sin.dim() == 3
             and unsqueeze_dim in (1, 2)
-            and (self.partial or q.shape[-1] == width)
+            and (self.partial or self.tail or q.shape[-1] == self.width(cos))
             and (self.mixed or q.dtype == k.dtype == cos.dtype == sin.dtype)
             and not (cos.requires_grad or sin.requires_grad)
         )
+
+    def width(self, cos: Tensor) -> int:
+        """How many elements of a head turn."""
+        return 2 * cos.shape[-1] if self.tables == "pairs" else cos.shape[-1]
 
     def __str__(self) -> str:
         layout = {"halves": "", "neighbours": "interleaved", "split": "interleaved, split"}[self.layout]
         words = ", ".join(filter(None, (layout, "reversed" if self.reverse else "")))
         return f"rotary({words})" if words else "rotary"
+
+
+class OneAtATime(Rotation):
+    """The same of a function of x, cos, sin and the place of the heads, called for queries and for keys (Gemma 4)."""
+
+    def one(self, x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> Tensor:
+        still = x.shape[-1] - self.width(cos) if self.tail else 0
+        turned = x[..., still:]
+        no_keys = turned.detach().narrow(unsqueeze_dim, 0, 0)
+        turned = super().kernel(turned, no_keys, cos, sin, unsqueeze_dim)[0]
+        return torch.cat([x[..., :still], turned], dim=-1) if still else turned
+
+    def kernel(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+        return self.one(q, cos, sin, unsqueeze_dim), self.one(k, cos, sin, unsqueeze_dim)
 
 
 @dataclass(frozen=True)
@@ -171,14 +190,38 @@ def takes_heads_and_tables(signature: inspect.Signature) -> bool:
     )
 
 
+def _takes_one_and_tables(signature: inspect.Signature) -> bool:
+    """Whether the arguments are what is rotated, the two tables, and the place of the heads."""
+    parameters = list(signature.parameters.values())
+    return (
+        len(parameters) == 4
+        and all(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters)
+        and all(p.default is p.empty for p in parameters[:3])
+        and parameters[3].name == "unsqueeze_dim"
+        and parameters[3].default is not inspect.Parameter.empty
+    )
+
+
+def for_both(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A rotary function of one tensor of heads as one of queries and keys."""
+
+    def rotate(q: Tensor, k: Tensor, *tables: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return function(q, *tables, **options), function(k, *tables, **options)
+
+    return rotate
+
+
 def identify(
     function: Any, signature: inspect.Signature, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Rotation | ComplexRotation | str:
     """The rotation that function computes; else why it is left alone."""
     if isinstance(function, nn.Module) and "forward" in vars(function):
         return "replaced by another kernel already"
-    if not takes_heads_and_tables(signature):
+    one_at_a_time = _takes_one_and_tables(signature)
+    if not one_at_a_time and not takes_heads_and_tables(signature):
         return f"takes {signature}, not (q, k, cos, sin) or (q, k, table)"
+    rotations = [OneAtATime(**vars(each)) for each in ROTATIONS] if one_at_a_time else ROTATIONS
+    called = for_both(function) if one_at_a_time else function
     with quiet(device):
         if len(signature.parameters) == 3:
             return _identify_complex(function, device, dtype, head_dim)
@@ -186,9 +229,9 @@ def identify(
         if option is not None and option.default not in (1, 2):
             return f"its default unsqueeze_dim is {option.default!r}"
         for dim in (1, 2) if option is None else (option.default,):
-            for rotation in ROTATIONS:
+            for rotation in rotations:
                 found = _checked(
-                    function, replace(rotation, unsqueeze_dim=dim), device, dtype, head_dim, option is not None
+                    called, replace(rotation, unsqueeze_dim=dim), device, dtype, head_dim, option is not None
                 )
                 if found is not None:
                     return found
@@ -216,6 +259,9 @@ def _checked(
     if not all(agrees(pure_dtype, pure_dtype, rotation, heads_at=place) for pure_dtype, place in pure):
         return None
     rotation = replace(rotation, partial=agrees(dtype, dtype, rotation, width=full // 2))
+    if not rotation.partial and isinstance(rotation, OneAtATime):
+        tailed = replace(rotation, tail=True)
+        rotation = tailed if agrees(dtype, dtype, tailed, width=full // 2) else rotation
     for keep_dtype in (False, True):
         kept = replace(rotation, keep_dtype=keep_dtype)
         if all(agrees(*mixed, kept) for mixed in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16))):
@@ -260,12 +306,25 @@ def _probe(
 
 
 @functools.cache
-def bind(function: Any, rotation: Rotation | ComplexRotation) -> Callable[..., tuple[Tensor, Tensor]]:
+def bind(function: Any, rotation: Rotation | ComplexRotation) -> Callable[..., Any]:
     """The kernel with function's signature; function itself serves the calls that the kernel does not know."""
     target = function.forward if isinstance(function, nn.Module) else function
     if isinstance(rotation, ComplexRotation):
         return renamed_like(_bind_complex(function, rotation), target)
+    if isinstance(rotation, OneAtATime):
+        return renamed_like(_bind_one(function, rotation), target)
     return renamed_like(_bind_tables(function, rotation, inspect.signature(target)), target)
+
+
+def _bind_one(function: Any, rotation: OneAtATime) -> Callable[..., Tensor]:
+    knows, serve, default = rotation.knows, rotation.one, rotation.unsqueeze_dim
+
+    def placed(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = default) -> Tensor:
+        if knows(x, x, cos, sin, unsqueeze_dim):
+            return serve(x, cos, sin, unsqueeze_dim)
+        return function(x, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+    return placed
 
 
 def _bind_complex(function: Any, rotation: ComplexRotation) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -98,14 +98,14 @@ def _norm(weight: bool = True, bias: bool = False, residual: bool = False) -> In
     return inputs
 
 
-def _heads(per_pair: bool = False, partial: bool = False) -> Inputs:
+def _heads(per_pair: bool = False, partial: bool = False, keys: int = 1) -> Inputs:
     def inputs(make: Maker, sizes: Sizes) -> dict[str, Any]:
         head = sizes.width - sizes.width % 2
         turned = head - 2 if partial else head
         table = (1, sizes.tokens, turned // 2 if per_pair else turned)
         return {
             "q": make.leaf(2, 3, sizes.tokens, head),
-            "k": make.leaf(2, 1, sizes.tokens, head),
+            "k": make.leaf(2, keys, sizes.tokens, head),
             "cos": make.normal(*table),
             "sin": make.normal(*table),
         }
@@ -274,6 +274,7 @@ CASES = [
     Case(rotary, _heads(partial=True), {"interleaved": True}, "interleaved"),
     Case(rotary, _heads(per_pair=True, partial=True), {"per_pair": True}, "per_pair"),
     Case(rotary, _heads(per_pair=True), {"interleaved": True, "per_pair": True}, "interleaved-per_pair"),
+    Case(rotary, _heads(keys=0), {}, "no_keys"),
     Case(swiglu, _gated),
     Case(geglu, _gated, {"approximate": "tanh"}, "tanh"),
     Case(geglu, _gated, {"approximate": "none"}, "exact"),

@@ -153,6 +153,23 @@ def test_only_one_of_both_is_used(implementation, device):
     assert dk.norm() == 0
 
 
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+@pytest.mark.parametrize("interleaved", BOTH)
+def test_no_keys(implementation, device, interleaved, unsqueeze_dim):
+    """Queries alone: what they give beside keys, and a gradient where the keys' output is not used."""
+    options = {"interleaved": interleaved, "unsqueeze_dim": unsqueeze_dim}
+    q, k, cos, sin = make_inputs((2, 5, 4, 2, 16, 12), device, torch.float32, unsqueeze_dim=unsqueeze_dim)
+    beside = rotary(q, k, cos, sin, **options)[0]
+    alone, nothing = rotary(q, q.narrow(unsqueeze_dim, 0, 0), cos, sin, **options)
+    assert torch.equal(alone, beside)
+    assert nothing.shape == q.narrow(unsqueeze_dim, 0, 0).shape
+    upstream = rounded(*alone.shape, device=device, dtype=torch.float32, seed=5).detach()
+    for ours, expected in zip(
+        torch.autograd.grad(alone, q, upstream), torch.autograd.grad(beside, q, upstream), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("per_pair", [False, True])
 def test_gradcheck(interleaved, per_pair):

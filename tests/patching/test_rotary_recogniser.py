@@ -269,12 +269,92 @@ def test_what_only_looks_like_rotary_is_left_alone(function):
 
 
 def test_other_signatures_are_left_alone():
-    def single(x, cos, sin, unsqueeze_dim=1):
+    def single(x, cos, sin, place=1):
         return x
 
     source = "    return {name}(q, cos, sin), {name}(k, cos, sin)\n"
     (entry,) = plan(nn.ModuleDict({"attn": attention(single, source)})).skipped
-    assert "takes (x, cos, sin, unsqueeze_dim=1), not (q, k, cos, sin)" in entry.reason
+    assert "takes (x, cos, sin, place=1), not (q, k, cos, sin)" in entry.reason
+
+
+def one(x, cos, sin, unsqueeze_dim=1):
+    """As Gemma 3n and Gemma 4 have it."""
+    return half(x, x, cos, sin, unsqueeze_dim)[0]
+
+
+def one_heads_last(hidden, cos, sin, unsqueeze_dim=2):
+    return one(hidden, cos, sin, unsqueeze_dim)
+
+
+def one_first_part(x, cos, sin, unsqueeze_dim=1):
+    return partial(x, x, cos, sin, unsqueeze_dim)[0]
+
+
+def one_last_part(x, cos, sin, unsqueeze_dim=1):
+    """As DeepSeek-V4 has it."""
+    cos, sin = (t.repeat_interleave(2, dim=-1) for t in (cos, sin))
+    still, turned = x[..., : -cos.shape[-1]], x[..., -cos.shape[-1] :]
+    turned = neighbours(turned.float(), turned.float(), cos, sin, unsqueeze_dim)[0].to(x.dtype)
+    return torch.cat([still, turned], dim=-1)
+
+
+ONE_AT_A_TIME = [
+    (one, "rotary", 1, (12,)),
+    (one_heads_last, "rotary", 2, (12,)),
+    (one_first_part, "rotary", 1, (12, 8)),
+    (one_last_part, "rotary(interleaved)", 1, (6, 2)),
+]
+ONE_AND_ONE = "    return {name}(q, cos, sin), {name}(k, cos=cos, sin=sin, unsqueeze_dim=%d)\n"
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)], ids=str
+)
+@pytest.mark.parametrize(("function", "kernel", "place", "widths"), ONE_AT_A_TIME)
+def test_one_tensor_at_a_time(function, kernel, place, widths, dtypes, calls):
+    module = attention(function, ONE_AND_ONE % place)
+    cases = [tensors(*dtypes, width=width, place=place) for width in widths]
+    theirs = [run(module, inputs) for inputs in cases]
+    report = apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    assert [(entry.path, entry.kernel) for entry in report.replaced] == [("attn", kernel)]
+    calls.clear()
+    for inputs, expected in zip(cases, theirs, strict=True):
+        assert_same(run(module, inputs), expected, 1e-2 if torch.bfloat16 in dtypes else 1e-6)
+    assert len(calls) == 2 * len(cases)
+
+
+def test_one_tensor_whose_tables_are_too_narrow_goes_to_the_original(calls):
+    module = attention(one, ONE_AND_ONE % 1)
+    apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    calls.clear()
+    with pytest.raises(RuntimeError):  # the original's own error
+        module(*tensors(width=8))
+    assert not calls
+
+
+def test_one_tensor_and_learned_tables_go_to_the_original(calls):
+    module = attention(one, "    return {name}(q, cos, sin, unsqueeze_dim=2), {name}(k, cos, sin, 2)\n")
+    q, k, cos, sin = tensors(place=2)
+    cos.requires_grad_()
+    theirs = run(module, [q, k, cos, sin])
+    apply_liger_kernel(nn.ModuleDict({"attn": module}))
+    calls.clear()
+    assert_same(run(module, [q, k, cos, sin]), theirs, 0)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x, cos, sin, unsqueeze_dim=1: x, lambda x, cos, sin, unsqueeze_dim=1: 1.01 * one(x, cos, sin)]
+)
+def test_what_does_not_rotate_one_tensor_is_left_alone(function):
+    (entry,) = plan(nn.ModuleDict({"attn": attention(function, ONE_AND_ONE % 1)})).skipped
+    assert entry.reason == "apply_rotary_pos_emb: computes none of the known rotations"
+
+
+def test_a_wrong_kernel_for_one_tensor_is_found_out(monkeypatch):
+    rotary = kernels.rotary
+    monkeypatch.setattr(kernels, "rotary", lambda q, k, *args, **options: rotary(1.02 * q, k, *args, **options))
+    assert not plan(nn.ModuleDict({"attn": attention(one, ONE_AND_ONE % 1)})).replaced
 
 
 def test_a_column_a_pair(calls):
