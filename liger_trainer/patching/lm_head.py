@@ -184,7 +184,7 @@ def _reason_against(model: nn.Module, head: nn.Module, fused: bool) -> str | Non
         return f"the forward of its {type(model).__name__} was replaced on the instance"
     stock = class_swap.stock_class(head)
     if isinstance(head, nn.ModuleList):
-        return f"it is a list of {len(head)} heads, each with few classes as a rule, whose logits the model stacks"
+        return f"it is a list of {len(head)} heads whose logits are stacked, which take little where classes are codes"
     served = stock.forward is nn.Linear.forward or (fused and has_own_forward(head))
     if not served or not isinstance(getattr(head, "weight", None), Tensor):
         return f"it is a {stock.__module__}.{stock.__name__}, not a plain torch.nn.Linear"
