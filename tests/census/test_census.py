@@ -7,10 +7,12 @@ import re
 
 import pytest
 import torch
+from wide_tensors import wide_tensors
 
 from liger_trainer import apply_liger_kernel, kernels
 from tests.census.__main__ import PAGE
-from tests.census.examine import TASKS, build, error, examine, model_types
+from tests.census.configs import HIDDEN, VOCAB
+from tests.census.examine import TASKS, Result, _batches, build, error, examine, model_types
 from tests.census.table import COLUMNS, LIGER_KERNEL, markdown, shortfalls, summary
 
 # What users train most, and one of each way in which models differ.
@@ -58,6 +60,35 @@ def test_share(task, model_type):
     if result.outcome == "not built" and (broken or model_type not in ALWAYS[task]):
         pytest.skip(result.reason)
     assert result.outcome == "passed", f"{result.reason}; {result.errors}"
+
+
+# Models that do more to their logits, on the way to the loss, than cast, scale, cap and cut them; most of those from
+# sequence to sequence add a buffer.
+CHANGING = [("vision", "chameleon"), ("vision", "idefics"), ("causal", "prophetnet"), ("causal", "dory")]
+SEQUENCE_TO_SEQUENCE = ["bart", "blenderbot", "led", "marian", "mbart", "mt5", "pegasus", "plbart", "prophetnet"]
+
+
+@pytest.mark.parametrize(("task", "model_type"), [*CHANGING, *(("sequence", name) for name in SEQUENCE_TO_SEQUENCE)])
+def test_models_that_change_their_logits_build_none(task, model_type, monkeypatch):
+    mapping = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
+    monkeypatch.setitem(TASKS, "sequence", (mapping, "AutoModelForSeq2SeqLM"))
+    if model_type not in model_types(task):
+        pytest.skip(f"this transformers has no {model_type}")
+    if task == "sequence":
+        result = examine(task, model_type)
+        assert result.outcome == "passed", f"{result.reason}; {result.errors}"
+    model = build(task, model_type)
+    batches = _batches(model, Result(task, model_type))
+    inputs, rows = batches.get("text") or batches["images"], 5
+
+    def wide():
+        with wide_tensors(VOCAB, rows=rows, hidden_size=HIDDEN) as found:
+            model(**inputs).loss.backward()
+        return found
+
+    assert wide()
+    apply_liger_kernel(model, tile_bytes=rows * VOCAB * 4)
+    assert not wide()
 
 
 @pytest.mark.parametrize(("known", "reason"), KNOWN.items(), ids=str)
