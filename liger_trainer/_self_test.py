@@ -125,6 +125,13 @@ def _cases() -> list[_Case]:
             for r in ("mean", "none")
         ),
         _Case(
+            "linear_cross_entropy (LoRA)",
+            lambda t: k.linear_cross_entropy(
+                t["hidden"], t["weight"], t["labels"], low_rank=(t["lora_hidden"], t["lora_weight"]), tile_bytes=tile
+            ),
+            {**head, "lora_hidden": (BATCH, TOKENS, 16), "lora_weight": (CLASSES, 16)},
+        ),
+        _Case(
             "linear_log_probs",
             lambda t: k.linear_log_probs(t["hidden"], t["weight"], t["labels"], outputs=outputs, tile_bytes=tile),
             head,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ __all__ = [
     "check_head_labels",
     "check_labels_in_range",
     "check_loss_options",
+    "check_low_rank",
     "check_parameter",
     "check_rows",
     "check_same_device",
@@ -76,6 +79,27 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         )
     check_vector(f"{prefix}bias", bias, weight.shape[0], f"a number a row of {prefix}weight")
     check_same_device(hidden.device, **{f"{prefix}weight": weight, f"{prefix}bias": bias})
+
+
+def check_low_rank(pair: Any, hidden: Tensor, weight: Tensor, name: str = "low_rank") -> None:
+    """Raise unless a low-rank term, (\\*, r) and (V, r), fits a head's hidden states and weight."""
+    if pair is None:
+        return
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair of tensors, (*, r) and (V, r); got {type(pair).__name__}")
+    a, b = pair
+    check_floating(**{f"{name}[0]": a, f"{name}[1]": b})
+    if a.dim() < 1 or a.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name}[0] must have shape ({', '.join(map(str, hidden.shape[:-1]))}, r), hidden's but for the last "
+            f"dimension; got {tuple(a.shape)}"
+        )
+    if b.shape != (weight.shape[0], a.shape[-1]):
+        raise ValueError(
+            f"{name}[1] must have shape ({weight.shape[0]}, {a.shape[-1]}), weight's rows and {name}[0]'s columns; "
+            f"got {tuple(b.shape)}"
+        )
+    check_same_device(hidden.device, **{f"{name}[0]": a, f"{name}[1]": b})
 
 
 def check_head_labels(hidden: Tensor, labels: Tensor) -> None:

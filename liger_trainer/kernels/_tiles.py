@@ -1,8 +1,8 @@
-"""The engine under every loss that ends in the language-model head: rows in tiles, products, weight gradient.
+"""The engine under every loss that ends in the language-model head: rows, or classes, in tiles.
 
 Hidden states (N, H) meet the head's weight (V, H) a tile of rows at a time, so that no tensor of N * V elements ever
-exists. What a loss does with a tile of logits is its own business; choosing the rows, multiplying and accumulating are
-here, once.
+exists. What a loss does with a tile of logits is its own business; choosing the rows is here, once, and multiplying and
+accumulating in :mod:`._products`.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,13 +14,20 @@ from torch import Tensor
 
 from ._dtypes import accumulation_dtype
 from ._launch import launch
+from ._products import (
+    HeadGradients,
+    LowRank,
+    Need,
+    accumulate_product,
+    accumulate_weight_gradient,
+    fill_logits,
+    head_product,
+)
 from ._rows import multiprocessors
 from ._triton import tl, triton
 
 __all__ = [
-    "HeadGradients",
     "Kept",
-    "head_product",
     "least_tile_bytes",
     "partition_rows",
     "plan",
@@ -136,70 +143,6 @@ def partition_rows(
     return (None, n) if n_valid == n else (rows, n_valid)
 
 
-def head_product(
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    out: Tensor,  # (R, V)
-) -> Tensor:
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
-
-
-def fill_logits(
-    out: Tensor,  # (R, V)
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    kept: Tensor | None,  # (K, V)
-) -> None:
-    """Logits of all rows, of which those of the first K are copied and the others multiplied."""
-    n_kept = 0 if kept is None else len(kept)
-    if kept is not None:
-        out[:n_kept].copy_(kept)
-    head_product(hidden[n_kept:], weight, bias, out[n_kept:])
-
-
-def accumulate_product(
-    total: Tensor,  # (M, N)
-    a: Tensor,  # (M, K)
-    b: Tensor,  # (K, N)
-    first: bool,
-) -> None:
-    """``total (+)= a b``, accumulated inside the product in total's dtype where that is the wider one."""
-    if total.numel() == 0:
-        return
-    if a.dtype == total.dtype:
-        if first:
-            torch.mm(a, b, out=total)
-        else:
-            total.addmm_(a, b)
-    elif total.dtype.itemsize < a.dtype.itemsize:
-        product = torch.mm(a, b)
-        if first:
-            total.copy_(product)
-        else:
-            total.add_(product)
-    elif total.is_cuda:
-        if first:
-            torch.mm(a, b, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1)
-
-
-def accumulate_weight_gradient(
-    total: Tensor,  # (V, H) fp32, or float64; or in one step the gradient itself
-    logit_gradient: Tensor,  # (R, V)
-    hidden: Tensor,  # (R, H)
-    first: bool,
-) -> None:
-    """``total (+)= logit_gradient^T hidden``."""
-    accumulate_product(total, logit_gradient.t(), hidden, first)
-
-
 @triton.jit
 def _scaled_kernel(
     x_ptr,
@@ -271,42 +214,6 @@ def scaled(
     return out.copy_(x if scale is None else x * scale.to(x.dtype))
 
 
-class HeadGradients:
-    """What a pass over the tiles accumulates: the gradients of hidden states, weight and bias, where they are needed.
-
-    Those not needed have shape (0,). The hidden states' is in the products' dtype, the bias's in fp32 or float64.
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        dtype: torch.dtype,
-        weight_dtype: torch.dtype,
-        every_row: bool,
-        need: tuple[bool, bool, bool],
-    ) -> None:
-        self.need_hidden, self.need_weight, self.need_bias = need
-        # Every row is written by some tile, or starts as the zeros of a row that none computes.
-        make = torch.empty if every_row else torch.zeros
-        self.hidden = make(hidden.shape if self.need_hidden else (0,), dtype=dtype, device=hidden.device)
-        self.weight = torch.empty(weight.shape if self.need_weight else (0,), dtype=weight_dtype, device=hidden.device)
-        self.bias = torch.zeros(
-            weight.shape[:1] if self.need_bias else (0,), dtype=accumulation_dtype(dtype), device=hidden.device
-        )
-
-    def add(self, logit_gradient: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor | slice, first: bool) -> None:
-        if self.need_hidden:
-            if isinstance(rows, slice):
-                torch.mm(logit_gradient, weight, out=self.hidden[rows])
-            else:
-                self.hidden.index_copy_(0, rows, torch.mm(logit_gradient, weight))
-        if self.need_weight:
-            accumulate_weight_gradient(self.weight, logit_gradient, hidden, first)
-        if self.need_bias:
-            self.bias += logit_gradient.sum(0, dtype=self.bias.dtype)
-
-
 class Kept(NamedTuple):
     """Logits of the first rows that a pass leaves for the pass after it."""
 
@@ -319,6 +226,7 @@ def run_tiles(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
+    low_rank: LowRank | None,
     on_tile: Callable[[Tensor, Tensor | None, Tensor | None], None],
     *,
     rows: Tensor | None,  # (N,)
@@ -326,7 +234,7 @@ def run_tiles(
     compute_dtype: torch.dtype,
     weight_gradient_dtype: torch.dtype,
     tile_bytes: int | None,
-    need: tuple[bool, bool, bool],
+    need: Need,
     kept: Kept | None = None,
     n_heads: int = 1,
     plan_classes: int | None = None,
@@ -341,17 +249,18 @@ def run_tiles(
     """
     n_classes = weight.shape[0]
     plan_classes = n_classes if plan_classes is None else plan_classes
-    need_weight = need[1]
     tile_bytes, at_once = plan(
         n_valid,
         (plan_classes, weight.shape[1]),
         compute_dtype,
-        weight_gradient_dtype if need_weight else None,
+        weight_gradient_dtype if need.weight else None,
         tile_bytes,
         n_heads,
     )
     weight = weight.to(compute_dtype)
     bias = None if bias is None else bias.to(compute_dtype)
+    if low_rank is not None:
+        low_rank = low_rank._replace(weight=low_rank.weight.to(compute_dtype))
     every_row = rows is None and n_valid == len(hidden)
     n_kept = 0 if kept is None else min(len(kept.logits), n_valid)
     at_once = at_once or n_kept == n_valid
@@ -362,7 +271,7 @@ def run_tiles(
         cut = tiles(n_valid - n_kept, plan_classes, compute_dtype.itemsize, tile_bytes)
         ranges += [(n_kept + start, n_kept + end) for start, end in cut]
     weight_dtype = weight_gradient_dtype if at_once else accumulation_dtype(compute_dtype)
-    gradients = HeadGradients(hidden, weight, compute_dtype, weight_dtype, every_row, need)
+    gradients = HeadGradients(hidden, weight, low_rank, compute_dtype, weight_dtype, every_row, need)
     buffer: Tensor | None = None
     logits: Tensor | None = None
     gradient: Tensor | None = None
@@ -377,26 +286,28 @@ def run_tiles(
             where = row_index = rows[start:end]
             x = hidden.index_select(0, row_index)
         x = x.to(compute_dtype)
+        low_rank_tile = None if low_rank is None else low_rank.rows(where, compute_dtype)
         known = kept is not None and kept.known and start < n_kept
         if kept is not None and end <= n_kept:
             logits = kept.logits[:n_kept]
             if not known:
-                head_product(x, weight, bias, logits)
+                head_product(x, weight, bias, low_rank_tile, logits)
         else:
             if buffer is None:
                 buffer = torch.empty((end - start, n_classes), dtype=compute_dtype, device=hidden.device)
             logits = buffer[: end - start]
-            fill_logits(logits, x, weight, bias, kept.logits[:n_kept] if kept is not None and known else None)
+            at_hand = kept.logits[:n_kept] if kept is not None and known else None
+            fill_logits(logits, x, weight, bias, low_rank_tile, at_hand)
         if any(need):
             own = kept is not None and known and end <= n_kept and not kept.overwrite
             gradient = torch.empty_like(logits) if own else logits
         on_tile(logits, row_index, gradient)
         if gradient is not None:
-            gradients.add(gradient, x, weight, where, first=start == 0)
+            gradients.add(gradient, x, weight, low_rank_tile, where, first=start == 0)
     if not ranges:
-        gradients.weight.zero_()
+        gradients.no_rows()
     logits = gradient = buffer = None  # freed before the gradient is rounded, which takes new memory
-    if need_weight:
+    if need.weight:
         gradients.weight = gradients.weight.to(weight_gradient_dtype)
     return gradients
 
@@ -405,6 +316,7 @@ def run_class_tiles(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
+    low_rank: LowRank | None,
     on_tile: Callable[[Tensor, Tensor | None, Tensor, int], None],
     *,
     rows: Tensor | None,  # (N,)
@@ -412,7 +324,7 @@ def run_class_tiles(
     compute_dtype: torch.dtype,
     weight_gradient_dtype: torch.dtype,
     tile_bytes: int | None,
-    need: tuple[bool, bool, bool],
+    need: Need,
     kept: Tensor | None = None,  # (K, V)
 ) -> HeadGradients:
     """As :func:`run_tiles`, with tiles of all rows and some classes, for losses that know their log-sum-exp.
@@ -427,7 +339,7 @@ def run_class_tiles(
     n_classes = weight.shape[0]
     tile_bytes = _LEAST_TILE_BYTES if tile_bytes is None else tile_bytes
     wide = accumulation_dtype(compute_dtype)
-    gradients = HeadGradients(hidden, weight, compute_dtype, weight_gradient_dtype, False, need)
+    gradients = HeadGradients(hidden, weight, low_rank, compute_dtype, weight_gradient_dtype, False, need)
     row_index: Tensor | None = None
     if rows is not None:
         row_index = rows[:n_valid]
@@ -435,7 +347,12 @@ def run_class_tiles(
         row_index = torch.arange(n_valid, device=hidden.device)
     x = (hidden if row_index is None else hidden.index_select(0, row_index)).to(compute_dtype)
     make = torch.empty if n_classes else torch.zeros
-    total = make(x.shape if gradients.need_hidden else (0,), dtype=wide, device=hidden.device)
+    total = make(x.shape if need.hidden else (0,), dtype=wide, device=hidden.device)
+    part: LowRank | None = None
+    low_rank_total = total.new_empty(0)
+    if low_rank is not None:
+        low_rank = low_rank.rows(row_index, compute_dtype)
+        low_rank_total = make(low_rank.hidden.shape if need.low_rank_hidden else (0,), dtype=wide, device=hidden.device)
     buffer: Tensor | None = None
     for start, end in tiles(n_classes, n_valid, compute_dtype.itemsize, tile_bytes) if n_valid else ():
         if buffer is None:
@@ -443,20 +360,30 @@ def run_class_tiles(
         logits = buffer[: (end - start) * n_valid].view(n_valid, end - start)
         classes = weight[start:end].to(compute_dtype)
         class_bias = None if bias is None else bias[start:end].to(compute_dtype)
-        fill_logits(logits, x, classes, class_bias, None if kept is None else kept[:, start:end])
+        if low_rank is not None:
+            part = low_rank._replace(weight=low_rank.weight[start:end].to(compute_dtype))
+        fill_logits(logits, x, classes, class_bias, part, None if kept is None else kept[:, start:end])
         on_tile(logits, row_index, logits, start)
-        if gradients.need_hidden:
+        if need.hidden:
             accumulate_product(total, logits, classes, first=start == 0)
-        if gradients.need_weight:
+        if need.weight:
             accumulate_weight_gradient(gradients.weight[start:end], logits, x, first=True)
-        if gradients.need_bias:
+        if need.bias:
             gradients.bias[start:end] = logits.sum(0, dtype=wide)
+        if part is not None and need.low_rank_hidden:
+            accumulate_product(low_rank_total, logits, part.weight, first=start == 0)
+        if part is not None and need.low_rank_weight:
+            accumulate_weight_gradient(gradients.low_rank_weight[start:end], logits, part.hidden, first=True)
     buffer = None
     if not n_valid:
-        gradients.weight.zero_()
-    elif gradients.need_hidden:
-        if row_index is None:
-            gradients.hidden.copy_(total)
-        else:
-            gradients.hidden.index_copy_(0, row_index, total.to(compute_dtype))
+        gradients.no_rows()
+        return gradients
+    for needed, gradient, wider in (
+        (need.hidden, gradients.hidden, total),
+        (need.low_rank_hidden, gradients.low_rank_hidden, low_rank_total),
+    ):
+        if needed and row_index is None:
+            gradient.copy_(wider)
+        elif needed and row_index is not None:
+            gradient.index_copy_(0, row_index, wider.to(compute_dtype))
     return gradients

@@ -26,6 +26,7 @@ __all__ = [
     "is_divided_by_rows",
     "is_dtensor",
     "local_head",
+    "local_low_rank",
     "replicated",
     "row_statistics",
     "sum_over_ranks",
@@ -136,14 +137,31 @@ def replicated(tensor: Any) -> Tensor:
     return tensor.redistribute(placements=whole).to_local(grad_placements=whole)
 
 
+def local_low_rank(pair: tuple[Any, Any] | None) -> tuple[Tensor, Tensor] | None:
+    """A divided head's low-rank term, (\\*, r) the same on every rank and this rank's (V_r, r), as plain tensors.
+
+    Raises:
+        ValueError: for a second tensor that is a ``DTensor`` in another division than :func:`local_head` takes.
+    """
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        return pair
+    hidden, weight = pair
+    if is_dtensor(weight):
+        if not is_divided_by_rows(weight):
+            raise ValueError(f"low_rank[1] must be divided as weight is, with Shard(0); got {weight.placements}")
+        weight = weight.to_local()
+    return replicated(hidden), weight
+
+
 def _group(name: str) -> Any:
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def sum_over_ranks(gradient: Tensor, part: Part | None) -> None:
-    """Add up the ranks' parts of the hidden states' gradient, in place."""
-    if part is not None and gradient.numel():
-        torch.distributed.all_reduce(gradient, group=_group(part.group))
+def sum_over_ranks(part: Part | None, *gradients: Tensor) -> None:
+    """Add up the ranks' parts of the hidden states' gradients, in place."""
+    for gradient in gradients:
+        if part is not None and gradient.numel():
+            torch.distributed.all_reduce(gradient, group=_group(part.group))
 
 
 def _gathered(values: Tensor, part: Part) -> Tensor:

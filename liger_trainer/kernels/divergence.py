@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ._checks import check_floating, check_loss_options, check_same_device
+from ._cross_entropy_tiles import FP16_GRADIENT_SCALE
 from ._divergence_rows import Divergence, divergence_rows
 from ._dtypes import accumulation_dtype
+from ._formed_gradients import finish
 from ._launch import launch
 from ._library import define, define_differentiable, refuse_double_backward
 from ._softmax_loss import RowLoss
 from ._triton import tl, triton
-from .linear_cross_entropy import FP16_GRADIENT_SCALE, finish
 from .linear_jsd import check_beta
 
 __all__ = ["jsd", "kl_div"]

@@ -20,19 +20,22 @@ from ._checks import (
     check_head_labels,
     check_labels_in_range,
     check_loss_options,
+    check_low_rank,
     check_same_device,
     check_vector,
 )
 from ._cross_entropy_tiles import FP16_GRADIENT_SCALE, tile_loss
-from ._dtypes import accumulation_dtype, gradient_dtype, products_dtype
-from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
+from ._dtypes import accumulation_dtype, products_dtype
+from ._formed_gradients import finish
+from ._library import define, define_differentiable, refuse_double_backward
+from ._products import NEED_SCHEMA, LowRank, Need, any_requires_grad, empty_gradients, flat_low_rank, gradient_dtypes
 from ._reduction import loss_scale, row_weights
 from ._softmax_loss import RowLoss
-from ._tiles import partition_rows, run_tiles, scaled, without_autocast
-from ._vocabulary import SHARD_SCHEMA, Part, VocabularyShard, local_head, replicated, sum_over_ranks
+from ._tiles import partition_rows, run_tiles, without_autocast
+from ._vocabulary import SHARD_SCHEMA, Part, VocabularyShard, local_head, local_low_rank, replicated, sum_over_ranks
 from .cross_entropy import CrossEntropyOutput, gather_outputs
 
-__all__ = ["FP16_GRADIENT_SCALE", "finish", "linear_cross_entropy"]
+__all__ = ["linear_cross_entropy"]
 
 
 def _make_forward(use_kernel: bool) -> Any:
@@ -41,6 +44,8 @@ def _make_forward(use_kernel: bool) -> Any:
         weight: Tensor,
         labels: Tensor,
         bias: Tensor | None,
+        low_rank_hidden: Tensor | None,
+        low_rank_weight: Tensor | None,
         token_weights: Tensor | None,
         class_weights: Tensor | None,
         num_items: Tensor | None,
@@ -60,10 +65,7 @@ def _make_forward(use_kernel: bool) -> Any:
         first_class: int,
         n_all_classes: int,
         plan_classes: int,
-        need_hidden: bool,
-        need_weight: bool,
-        need_bias: bool,
-        weight_gradient_dtype: torch.dtype,
+        *needs: Any,  # as NEED_SCHEMA has them
     ) -> tuple[Tensor, ...]:
         n = len(labels)
         part = None if group is None else Part(group, first_class, n_all_classes)
@@ -88,6 +90,7 @@ def _make_forward(use_kernel: bool) -> Any:
                 hidden,
                 weight,
                 bias,
+                LowRank.of(low_rank_hidden, low_rank_weight),
                 tile_loss(
                     part,
                     labels=labels,
@@ -103,57 +106,37 @@ def _make_forward(use_kernel: bool) -> Any:
                 rows=rows,
                 n_valid=n_valid,
                 compute_dtype=compute_dtype,
-                weight_gradient_dtype=weight_gradient_dtype,
+                weight_gradient_dtype=needs[-1],
                 tile_bytes=tile_bytes,
-                need=(need_hidden, need_weight, need_bias),
+                need=Need(*needs[:-1]),
                 plan_classes=plan_classes,
             )
-            sum_over_ranks(gradients.hidden, part)
+            sum_over_ranks(part, gradients.hidden, gradients.low_rank_hidden)
         if reduction == "none":
             # scale is NaN where the bound was too small, and so must be the loss of rows that were dropped wrongly.
             loss = torch.where(scale.isnan(), torch.nan, token_loss)
         else:
             loss = token_loss.sum() * scale
-        return loss, token_loss, lse, predicted, scale, gradients.hidden, gradients.weight, gradients.bias
+        return loss, token_loss, lse, predicted, scale, *gradients.in_order()
 
     return forward
 
 
-def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    reduction, compute_dtype = options[6], options[12]
-    predict = options[15]
-    need_hidden, need_weight, need_bias, weight_gradient_dtype = options[20:]
-    dtype = accumulation_dtype(compute_dtype)
-    rows = hidden.new_empty(labels.shape, dtype=dtype)
+def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    low_rank_hidden, low_rank_weight = arguments[1:3]
+    options = _Options(*arguments[3:-6])
+    rows = hidden.new_empty(labels.shape, dtype=accumulation_dtype(options.compute_dtype))
     scalar = rows.new_empty(())
     return (
-        torch.empty_like(rows if reduction == "none" else scalar),
+        torch.empty_like(rows if options.reduction == "none" else scalar),
         rows,
         torch.empty_like(rows),
-        labels.new_empty(labels.shape if predict else (0,)),
+        labels.new_empty(labels.shape if options.predict else (0,)),
         scalar,
-        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
-        hidden.new_empty(weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
-        hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=dtype),
+        *empty_gradients(
+            hidden, weight, low_rank_hidden, low_rank_weight, options.compute_dtype, arguments[-6:-1], arguments[-1]
+        ),
     )
-
-
-def _make_scaled(use_kernel: bool) -> Any:
-    def scale_gradient(gradient: Tensor, factor: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return scaled(gradient, factor, dtype, row_scale, in_place=False, use_kernel=use_kernel)
-
-    return scale_gradient
-
-
-def _make_scaled_in_place(use_kernel: bool) -> Any:
-    def scale_gradient_(gradient: Tensor, factor: Tensor | None, row_scale: Tensor | None) -> None:
-        scaled(gradient, factor, gradient.dtype, row_scale, in_place=True, use_kernel=use_kernel)
-
-    return scale_gradient_
-
-
-def _fake_scaled(gradient: Tensor, factor: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(gradient, dtype=dtype)
 
 
 def _make_rows_backward(use_kernel: bool) -> Any:
@@ -163,6 +146,8 @@ def _make_rows_backward(use_kernel: bool) -> Any:
         weight: Tensor,
         labels: Tensor,
         bias: Tensor | None,
+        low_rank_hidden: Tensor | None,
+        low_rank_weight: Tensor | None,
         token_weights: Tensor | None,
         class_weights: Tensor | None,
         lse: Tensor,
@@ -180,11 +165,8 @@ def _make_rows_backward(use_kernel: bool) -> Any:
         first_class: int,
         n_all_classes: int,
         plan_classes: int,
-        need_hidden: bool,
-        need_weight: bool,
-        need_bias: bool,
-        weight_gradient_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        *needs: Any,  # as NEED_SCHEMA has them
+    ) -> tuple[Tensor, ...]:
         part = None if group is None else Part(group, first_class, n_all_classes)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         with without_autocast(hidden):
@@ -192,6 +174,7 @@ def _make_rows_backward(use_kernel: bool) -> Any:
                 hidden,
                 weight,
                 bias,
+                LowRank.of(low_rank_hidden, low_rank_weight),
                 tile_loss(
                     part,
                     labels=labels,
@@ -207,62 +190,48 @@ def _make_rows_backward(use_kernel: bool) -> Any:
                 rows=rows,
                 n_valid=n_valid,
                 compute_dtype=compute_dtype,
-                weight_gradient_dtype=weight_gradient_dtype,
+                weight_gradient_dtype=needs[-1],
                 tile_bytes=tile_bytes,
-                need=(need_hidden, need_weight, need_bias),
+                need=Need(*needs[:-1]),
                 plan_classes=plan_classes,
             )
-            sum_over_ranks(gradients.hidden, part)
-        return gradients.hidden, gradients.weight, gradients.bias
+            sum_over_ranks(part, gradients.hidden, gradients.low_rank_hidden)
+        return gradients.in_order()
 
     return backward
 
 
 def _fake_rows_backward(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    compute_dtype = options[11]
-    need_hidden, need_weight, need_bias, weight_gradient_dtype = options[18:]
-    dtype = accumulation_dtype(compute_dtype)
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
-        hidden.new_empty(weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
-        hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=dtype),
-    )
+    upstream: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    low_rank_hidden, low_rank_weight = arguments[1:3]
+    compute_dtype, need, weight_dtype = arguments[13], arguments[-6:-1], arguments[-1]
+    return empty_gradients(hidden, weight, low_rank_hidden, low_rank_weight, compute_dtype, need, weight_dtype)
 
 
-_TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? token_weights, Tensor? class_weights"
+_TENSORS = (
+    "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, "
+    "Tensor? token_weights, Tensor? class_weights"
+)
 _SPEC = "float inner, float outer, float label_smoothing, float z_loss, bool token_scaling"
 _ENGINE = "ScalarType compute_dtype, int? tile_bytes, SymInt? max_valid"
-_NEED = "bool need_hidden, bool need_weight, bool need_bias, ScalarType weight_gradient_dtype"
 _OPTIONS = (
     f"Tensor? num_items, float? divisor, int ignore_index, str reduction, {_SPEC}, {_ENGINE}, bool predict, "
     + SHARD_SCHEMA
 )
 
 _forward = define(
-    f"linear_cross_entropy_forward({_TENSORS}, {_OPTIONS}, {_NEED})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_forward({_TENSORS}, {_OPTIONS}, {NEED_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_make_forward(True),
     reference=_make_forward(False),
     fake=_fake_forward,
     tags=(torch.Tag.cudagraph_unsafe,),  # the host may wait for the number of labels
 )
-_scale_gradient = define(
-    "linear_cross_entropy_backward(Tensor gradient, Tensor? factor, Tensor? row_scale, ScalarType dtype) -> Tensor",
-    kernel=_make_scaled(True),
-    reference=_make_scaled(False),
-    fake=_fake_scaled,
-)
-_scale_gradient_ = define(
-    "linear_cross_entropy_backward_(Tensor(a!) gradient, Tensor? factor, Tensor? row_scale) -> ()",
-    kernel=_make_scaled_in_place(True),
-    reference=_make_scaled_in_place(False),
-    fake=lambda gradient, factor, row_scale: None,
-)
 _rows_backward = define(
     f"linear_cross_entropy_rows_backward(Tensor upstream, {_TENSORS}, Tensor lse, Tensor scale, int ignore_index,"
-    f" {_SPEC}, {_ENGINE}, {SHARD_SCHEMA}, {_NEED}) -> (Tensor, Tensor, Tensor)",
+    f" {_SPEC}, {_ENGINE}, {SHARD_SCHEMA}, {NEED_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_make_rows_backward(True),
     reference=_make_rows_backward(False),
     fake=_fake_rows_backward,
@@ -270,21 +239,8 @@ _rows_backward = define(
 )
 
 
-def finish(gradient: Tensor, dtype: torch.dtype | None, factor: Tensor | None, row_scale: Tensor | None) -> Tensor:
-    """A gradient that was formed in the forward, times the factors that were still to come, in its final dtype."""
-    dtype = gradient.dtype if dtype is None else dtype
-    if gradient.dtype == dtype:
-        if factor is None and row_scale is None:
-            return gradient
-        # What nobody will read again is scaled where it lies: a step's memory may well peak here.
-        if not graph_is_kept():
-            _scale_gradient_(gradient, factor, row_scale)
-            return gradient
-    return _scale_gradient(gradient, factor, row_scale, dtype)
-
-
 class _Options(NamedTuple):
-    """The op's arguments behind its first four."""
+    """The op's arguments behind its first six."""
 
     token_weights: Tensor | None
     class_weights: Tensor | None
@@ -311,25 +267,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients of a reduced loss wait, formed, for the one factor that is still to come."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
-        options = _Options(*arguments)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        need_bias = bias is not None and ctx.needs_input_grad[3]
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        hidden, weight, labels, bias, *low_rank = arguments[:6]
+        options = _Options(*arguments[6:])
         ctx.per_row = options.reduction == "none"
+        ctx.need = Need.of(ctx.needs_input_grad)
         # An unreduced loss has an upstream gradient a row, which the sum over rows in the weight's gradient can't take
         # later: there the tiles are computed again in the backward. The gradient of hidden can take it.
-        ctx.again = ctx.per_row and (need_weight or need_bias)
-        ctx.dtypes = (hidden.dtype, gradient_dtype(weight), None if bias is None else bias.dtype)
+        ctx.again = ctx.per_row and ctx.need.sums_rows
+        ctx.dtypes = gradient_dtypes(hidden, weight, bias, *low_rank)
         half = options.compute_dtype == torch.float16  # rounded only after its factor
-        ctx.need = (need_hidden, need_weight, need_bias, torch.float32 if half else ctx.dtypes[1])
-        need = (False, False, False, ctx.need[3]) if ctx.again else ctx.need
-        loss, token_loss, lse, predicted, scale, *gradients = _forward(hidden, weight, labels, bias, *options, *need)
+        ctx.weight_dtype = torch.float32 if half else ctx.dtypes[1]
+        need = Need() if ctx.again else ctx.need
+        loss, token_loss, lse, predicted, scale, *gradients = _forward(*arguments, *need, ctx.weight_dtype)
         ctx.mark_non_differentiable(token_loss, lse, predicted, scale)
         ctx.set_materialize_grads(False)
         if ctx.again:
-            ctx.save_for_backward(
-                hidden, weight, labels, bias, options.token_weights, options.class_weights, lse, scale
-            )
+            tensors = (hidden, weight, labels, bias, *low_rank, options.token_weights, options.class_weights)
+            ctx.save_for_backward(*tensors, lse, scale)
         else:
             ctx.save_for_backward(scale, *gradients)
         ctx.options = options._replace(token_weights=None, class_weights=None, num_items=None)
@@ -341,7 +296,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: _Options = ctx.options
         rest = (None,) * len(options)
         if upstream is None:
-            return (None, None, None, None, *rest)
+            return (*(None,) * 6, *rest)
         if ctx.again:
             *tensors, scale = ctx.saved_tensors
             gradients = _rows_backward(
@@ -359,6 +314,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 options.max_valid,
                 *options[-4:],
                 *ctx.need,
+                ctx.weight_dtype,
             )
         else:
             scale, *gradients = ctx.saved_tensors
@@ -370,15 +326,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             finish(gradient, dtype, factor, row_scale) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.need)
         ]
-        return (*finished[:2], None, finished[2], *rest)
+        return (*finished[:2], None, *finished[2:], *rest)
 
 
-def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any) -> Any:
-    if torch.is_grad_enabled() and (
-        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, bias, *options)
-    return _forward(hidden, weight, labels, bias, *options, False, False, False, weight.dtype)[:5]
+def _differentiable(*arguments: Any) -> Any:
+    if any_requires_grad(*arguments[:6]):
+        return _LinearCrossEntropy.apply(*arguments)
+    return _forward(*arguments, *Need(), arguments[1].dtype)[:5]
 
 
 _op = define_differentiable(
@@ -392,6 +346,7 @@ def linear_cross_entropy(
     labels: Tensor,  # (*)
     *,
     bias: Tensor | None = None,  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (*, r) and (V, r)
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: Tensor | float | None = None,
@@ -413,8 +368,9 @@ def linear_cross_entropy(
     """``cross_entropy(hidden @ weight.T + bias, labels)`` without ever building the logits.
 
     The logits are ``softcap * tanh(logit_scale * l / softcap) / temperature`` (no tanh without a soft-cap) with
-    ``l = hidden @ weight.T + bias`` rounded to the products' dtype, as a linear layer rounds them; everything after is
-    in fp32 (in float64 for float64 inputs), and so is the accumulation of the weight's gradient.
+    ``l = hidden @ weight.T + bias``, plus ``a @ b.T`` for a ``low_rank=(a, b)``, rounded to the products' dtype as a
+    linear layer rounds them; everything after is in fp32 (in float64 for float64 inputs), and so is the accumulation of
+    the weights' gradients.
 
     Memory besides inputs and gradients: one tile of ``tile_bytes`` and, where the weight wants a gradient in less than
     fp32, V * H fp32 numbers; or all logits at once, where these take no more than that (in bf16 for up to about
@@ -429,6 +385,9 @@ def linear_cross_entropy(
             the autocast dtype, and the gradient of an fp32 weight is not rounded on its way.
         labels: (\\*), integers in [0, V) or ``ignore_index``, already shifted.
         bias: (V,) or None.
+        low_rank: a pair ``a`` (\\*, r) and ``b`` (V, r), floating point of any dtype, whose product ``a @ b.T`` is
+            added to the logits, as a LoRA adapter's is: ``a`` is then the scaled output of its first layer. It is one
+            more product into each tile; no merged weight is made. Both get a gradient, and ``b``'s accumulates in fp32.
         ignore_index: rows with this label are left out of every product.
         reduction: ``"mean"`` over the labels not ignored (over their weights, with ``token_weights`` or
             ``class_weights``), ``"sum"``, or ``"none"`` for the labels' shape, which takes any upstream gradient at the
@@ -471,7 +430,9 @@ def linear_cross_entropy(
     weight, bias, vocab_shard = local_head(weight, bias, vocab_shard)
     if vocab_shard is not None:
         hidden, labels = replicated(hidden), replicated(labels)
+        low_rank = local_low_rank(low_rank)
     check_head(hidden, weight, bias)
+    check_low_rank(low_rank, hidden, weight)
     check_head_labels(hidden, labels)
     shard = (None, 0, weight.shape[0], weight.shape[0]) if vocab_shard is None else vocab_shard.arguments()
     n_classes = shard[2]
@@ -509,6 +470,7 @@ def linear_cross_entropy(
         weight,
         flat_labels,
         bias,
+        *flat_low_rank(low_rank),
         None if token_weights is None else token_weights.reshape(-1),
         class_weights,
         items,

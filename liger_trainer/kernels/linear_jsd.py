@@ -11,14 +11,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_head, check_head_labels, check_loss_options, check_same_device
+from ._checks import check_head, check_head_labels, check_loss_options, check_low_rank, check_same_device
+from ._cross_entropy_tiles import FP16_GRADIENT_SCALE
 from ._divergence_rows import Divergence, divergence_rows
-from ._dtypes import accumulation_dtype, gradient_dtype, products_dtype
+from ._dtypes import accumulation_dtype, products_dtype
+from ._formed_gradients import finish
 from ._library import define, define_differentiable, refuse_double_backward
+from ._products import (
+    NEED_SCHEMA,
+    LowRank,
+    Need,
+    any_requires_grad,
+    empty_gradients,
+    flat_low_rank,
+    gradient_dtypes,
+    head_product,
+)
 from ._reduction import loss_scale, row_weights
 from ._softmax_loss import RowLoss
-from ._tiles import head_product, partition_rows, run_tiles, without_autocast
-from .linear_cross_entropy import FP16_GRADIENT_SCALE, finish
+from ._tiles import partition_rows, run_tiles, without_autocast
 
 __all__ = ["JSDOutput", "check_beta", "linear_jsd"]
 
@@ -40,10 +51,17 @@ class _Teacher:
     """Makes the teacher's logits of a tile of rows, and what becomes of the two models' logits."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, options: dict[str, Any]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_rank: LowRank | None,
+        compute_dtype: torch.dtype,
+        options: dict[str, Any],
     ) -> None:
         self.hidden, self.weight = hidden, weight.to(compute_dtype)
         self.bias = None if bias is None else bias.to(compute_dtype)
+        self.low_rank = None if low_rank is None else low_rank._replace(weight=low_rank.weight.to(compute_dtype))
         self.buffer: Tensor | None = None
         self.options = options
 
@@ -52,7 +70,8 @@ class _Teacher:
         if self.buffer is None:  # the first tile is the longest
             self.buffer = torch.empty(student.shape, dtype=self.weight.dtype, device=student.device)
         teacher = self.buffer[: len(student)]
-        head_product(hidden.to(self.weight.dtype), self.weight, self.bias, teacher)
+        low_rank = None if self.low_rank is None else self.low_rank.rows(rows, self.weight.dtype)
+        head_product(hidden.to(self.weight.dtype), self.weight, self.bias, low_rank, teacher)
         divergence_rows(student, teacher, rows=rows, gradient=gradient, **self.options)
 
 
@@ -65,6 +84,10 @@ def _make_forward(use_kernel: bool) -> Any:
         labels: Tensor,
         student_bias: Tensor | None,
         teacher_bias: Tensor | None,
+        student_low_rank_hidden: Tensor | None,
+        student_low_rank_weight: Tensor | None,
+        teacher_low_rank_hidden: Tensor | None,
+        teacher_low_rank_weight: Tensor | None,
         token_weights: Tensor | None,
         num_items: Tensor | None,
         divisor: float | None,
@@ -80,10 +103,7 @@ def _make_forward(use_kernel: bool) -> Any:
         tile_bytes: int | None,
         max_valid: int | None,
         entropy: bool,
-        need_hidden: bool,
-        need_weight: bool,
-        need_bias: bool,
-        weight_gradient_dtype: torch.dtype,
+        *needs: Any,  # as NEED_SCHEMA has them
     ) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(student_dtype)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
@@ -112,44 +132,45 @@ def _make_forward(use_kernel: bool) -> Any:
             "use_kernel": use_kernel,
         }
         with without_autocast(student_hidden):
-            teacher = _Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype, options)
+            of_teacher = LowRank.of(teacher_low_rank_hidden, teacher_low_rank_weight)
+            teacher = _Teacher(teacher_hidden, teacher_weight, teacher_bias, of_teacher, teacher_dtype, options)
             gradients = run_tiles(
                 student_hidden,
                 student_weight,
                 student_bias,
+                LowRank.of(student_low_rank_hidden, student_low_rank_weight),
                 teacher.on_tile,
                 rows=rows,
                 n_valid=n_valid,
                 compute_dtype=student_dtype,
-                weight_gradient_dtype=weight_gradient_dtype,
+                weight_gradient_dtype=needs[-1],
                 tile_bytes=tile_bytes,
-                need=(need_hidden, need_weight, need_bias),
+                need=Need(*needs[:-1]),
                 n_heads=2,
             )
         if reduction == "none":
             loss = torch.where(scale.isnan(), torch.nan, token_loss)
         else:
             loss = token_loss.sum() * scale
-        return loss, token_loss, student_entropy, scale, gradients.hidden, gradients.weight, gradients.bias
+        return loss, token_loss, student_entropy, scale, *gradients.in_order()
 
     return forward
 
 
 def _fake_forward(student_hidden: Tensor, student_weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    options = _Options(*arguments[:-4])
-    need_hidden, need_weight, need_bias, weight_gradient_dtype = arguments[-4:]
+    options = _Options(*arguments[:-6])
+    low_rank = options.student_low_rank_hidden, options.student_low_rank_weight
     dtype = accumulation_dtype(options.student_dtype)
     rows = student_hidden.new_empty(options.labels.shape, dtype=dtype)
     scalar = rows.new_empty(())
-    hidden_shape = student_hidden.shape if need_hidden else (0,)
     return (
         torch.empty_like(rows if options.reduction == "none" else scalar),
         rows,
         rows.new_empty(rows.shape if options.entropy else (0,)),
         scalar,
-        student_hidden.new_empty(hidden_shape, dtype=options.student_dtype),
-        student_hidden.new_empty(student_weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
-        student_hidden.new_empty(student_weight.shape[:1] if need_bias else (0,), dtype=dtype),
+        *empty_gradients(
+            student_hidden, student_weight, *low_rank, options.student_dtype, arguments[-6:-1], arguments[-1]
+        ),
     )
 
 
@@ -161,6 +182,10 @@ class _Options(NamedTuple):
     labels: Tensor
     student_bias: Tensor | None
     teacher_bias: Tensor | None
+    student_low_rank_hidden: Tensor | None
+    student_low_rank_weight: Tensor | None
+    teacher_low_rank_hidden: Tensor | None
+    teacher_low_rank_weight: Tensor | None
     token_weights: Tensor | None
     num_items: Tensor | None
     divisor: float | None
@@ -178,16 +203,20 @@ class _Options(NamedTuple):
     entropy: bool
 
 
+_N_TENSORS = 11  # of _Options' fields
+
 _ARGUMENTS = (
     "Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, Tensor labels, "
-    "Tensor? student_bias, Tensor? teacher_bias, Tensor? token_weights, Tensor? num_items, float? divisor, "
+    "Tensor? student_bias, Tensor? teacher_bias, Tensor? student_low_rank_hidden, Tensor? student_low_rank_weight, "
+    "Tensor? teacher_low_rank_hidden, Tensor? teacher_low_rank_weight, "
+    "Tensor? token_weights, Tensor? num_items, float? divisor, "
     "str reduction, int ignore_index, float beta, float student_inner, float student_outer, float teacher_inner, "
     "float teacher_outer, ScalarType student_dtype, ScalarType teacher_dtype, int? tile_bytes, SymInt? max_valid, "
     "bool entropy"
 )
 _forward = define(
-    f"linear_jsd_forward({_ARGUMENTS}, bool need_hidden, bool need_weight, bool need_bias, "
-    "ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_jsd_forward({_ARGUMENTS}, {NEED_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_make_forward(True),
     reference=_make_forward(False),
     fake=_fake_forward,
@@ -201,25 +230,30 @@ class _LinearJSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_hidden: Tensor, student_weight: Tensor, *arguments: Any) -> Any:
         options = _Options(*arguments)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        need_bias = options.student_bias is not None and ctx.needs_input_grad[5]
+        given = ctx.needs_input_grad
+        ctx.need = Need(given[0], given[1], given[5], given[7], given[8])
         ctx.per_row = options.reduction == "none"
         # The sum over rows in the weight's gradient can't take an upstream gradient a row later: there all is computed
         # again in the backward, the upstream gradient being the tokens' weights.
-        ctx.again = ctx.per_row and (need_weight or need_bias)
-        bias_dtype = None if options.student_bias is None else options.student_bias.dtype
-        ctx.dtypes = (student_hidden.dtype, gradient_dtype(student_weight), bias_dtype)
+        ctx.again = ctx.per_row and ctx.need.sums_rows
+        ctx.dtypes = gradient_dtypes(
+            student_hidden,
+            student_weight,
+            options.student_bias,
+            options.student_low_rank_hidden,
+            options.student_low_rank_weight,
+        )
         half = options.student_dtype == torch.float16  # rounded only after its factor
-        ctx.need = (need_hidden, need_weight, need_bias, torch.float32 if half else ctx.dtypes[1])
-        need = (False, False, False, ctx.need[3]) if ctx.again else ctx.need
-        loss, token_loss, entropy, scale, *gradients = _forward(student_hidden, student_weight, *options, *need)
+        ctx.weight_dtype = torch.float32 if half else ctx.dtypes[1]
+        needs = (*(Need() if ctx.again else ctx.need), ctx.weight_dtype)
+        loss, token_loss, entropy, scale, *gradients = _forward(student_hidden, student_weight, *options, *needs)
         ctx.mark_non_differentiable(token_loss, entropy)
         ctx.set_materialize_grads(False)
         if ctx.again:
-            ctx.save_for_backward(student_hidden, student_weight, *options[:7])
+            ctx.save_for_backward(student_hidden, student_weight, *options[:_N_TENSORS])
         else:
             ctx.save_for_backward(scale, *gradients)
-        tensors = dict.fromkeys(_Options._fields[:7])
+        tensors = dict.fromkeys(_Options._fields[:_N_TENSORS])
         ctx.options = options._replace(**tensors)  # type: ignore[arg-type]
         return loss, token_loss, entropy
 
@@ -240,7 +274,7 @@ class _LinearJSD(torch.autograd.Function):
                 factor = weights.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
                 weights, factor = weights / factor, factor / FP16_GRADIENT_SCALE
             again = again._replace(token_weights=weights, num_items=None, divisor=None, reduction="sum", entropy=False)
-            gradients = _forward(student_hidden, student_weight, *again, *ctx.need)[4:]
+            gradients = _forward(student_hidden, student_weight, *again, *ctx.need, ctx.weight_dtype)[4:]
         else:
             scale, *gradients = ctx.saved_tensors
             factor = None if ctx.per_row else upstream
@@ -251,16 +285,16 @@ class _LinearJSD(torch.autograd.Function):
             finish(gradient, dtype, factor, row_scale) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.need)
         ]
-        return (*finished[:2], None, None, None, finished[2], *rest[4:])
+        hidden, weight, bias, *low_rank = finished
+        return (hidden, weight, None, None, None, bias, None, *low_rank, *rest[7:])
 
 
 def _differentiable(student_hidden: Tensor, student_weight: Tensor, *arguments: Any) -> Any:
-    bias = arguments[3]
-    if torch.is_grad_enabled() and (
-        student_hidden.requires_grad or student_weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    options = _Options(*arguments)
+    low_rank = options.student_low_rank_hidden, options.student_low_rank_weight
+    if any_requires_grad(student_hidden, student_weight, options.student_bias, *low_rank):
         return _LinearJSD.apply(student_hidden, student_weight, *arguments)
-    return _forward(student_hidden, student_weight, *arguments, False, False, False, student_weight.dtype)[:3]
+    return _forward(student_hidden, student_weight, *arguments, *Need(), student_weight.dtype)[:3]
 
 
 _op = define_differentiable(f"linear_jsd({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _differentiable)
@@ -281,6 +315,8 @@ def linear_jsd(
     token_weights: Tensor | None = None,  # (*)
     student_bias: Tensor | None = None,  # (Vs,)
     teacher_bias: Tensor | None = None,  # (Vt,)
+    student_low_rank: tuple[Tensor, Tensor] | None = None,  # (*, r) and (Vs, r)
+    teacher_low_rank: tuple[Tensor, Tensor] | None = None,  # (*, r) and (Vt, r)
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
@@ -319,6 +355,7 @@ def linear_jsd(
         num_items: divides the sum instead, for ``"mean"`` over gradient-accumulation steps; a number or a 0-dim tensor.
         token_weights: (\\*) factors of the tokens' losses; no gradient flows to them.
         student_bias, teacher_bias: (Vs,) and (Vt,), or None.
+        student_low_rank, teacher_low_rank: a further term of the models' logits, as in :func:`linear_cross_entropy`.
         student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap: of the models' logits.
         tile_bytes: bound of the two tiles of logits together, in bytes; None chooses as :func:`linear_cross_entropy`.
         max_valid: an upper bound, known to the host, of the number of labels that are not ignored. With a bound that is
@@ -340,6 +377,8 @@ def linear_jsd(
     check_loss_options(reduction, 0.0, 0.0, teacher_softcap, temperature)
     check_head(student_hidden, student_weight, student_bias, "student_")
     check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_")
+    check_low_rank(student_low_rank, student_hidden, student_weight, "student_low_rank")
+    check_low_rank(teacher_low_rank, teacher_hidden, teacher_weight, "teacher_low_rank")
     shape, device = student_hidden.shape[:-1], student_hidden.device
     if teacher_hidden.shape[:-1] != shape:
         raise ValueError(
@@ -370,6 +409,8 @@ def linear_jsd(
         student_weight, teacher_weight = student_weight[:n_classes], teacher_weight[:n_classes]
         student_bias = None if student_bias is None else student_bias[:n_classes]
         teacher_bias = None if teacher_bias is None else teacher_bias[:n_classes]
+        student_low_rank = None if student_low_rank is None else (student_low_rank[0], student_low_rank[1][:n_classes])
+        teacher_low_rank = None if teacher_low_rank is None else (teacher_low_rank[0], teacher_low_rank[1][:n_classes])
     student_spec = RowLoss.of(ignore_index, student_logit_scale, student_softcap, temperature, 0.0, 0.0)
     teacher_spec = RowLoss.of(ignore_index, teacher_logit_scale, teacher_softcap, temperature, 0.0, 0.0)
     unknown = set(outputs) - {"token_loss", "student_entropy"}
@@ -383,6 +424,8 @@ def linear_jsd(
         labels.reshape(-1).long(),
         student_bias,
         None if teacher_bias is None else teacher_bias.detach(),
+        *flat_low_rank(student_low_rank),
+        *(None if each is None else each.detach() for each in flat_low_rank(teacher_low_rank)),
         None if token_weights is None else token_weights.detach().reshape(-1),
         items,
         divisor,

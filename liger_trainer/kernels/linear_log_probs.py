@@ -11,7 +11,7 @@ TRL's fused head (``trl.kernels.ChunkedLogProbFunction``) does the same in four 
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +22,27 @@ from ._checks import (
     check_head_labels,
     check_labels_in_range,
     check_loss_options,
+    check_low_rank,
     check_same_device,
 )
+from ._cross_entropy_tiles import FP16_GRADIENT_SCALE
 from ._dtypes import accumulation_dtype, gradient_dtype, products_dtype
+from ._formed_gradients import finish
 from ._library import define, define_differentiable, graph_is_kept, refuse_double_backward
-from ._log_prob_rows import RowStatistics, RowUpstream, log_prob_rows
+from ._log_prob_rows import RowUpstream, log_prob_rows
+from ._log_prob_tiles import score_tile, wanted_of
+from ._products import NEED_SCHEMA, LowRank, Need, any_requires_grad, empty_gradients, flat_low_rank, gradient_dtypes
 from ._softmax_loss import RowLoss
 from ._tiles import Kept, least_tile_bytes, partition_rows, plan, run_class_tiles, run_tiles, without_autocast
-from ._vocabulary import SHARD_SCHEMA, Part, VocabularyShard, local_head, replicated, row_statistics, sum_over_ranks
-from .linear_cross_entropy import FP16_GRADIENT_SCALE, finish
+from ._vocabulary import (
+    SHARD_SCHEMA,
+    Part,
+    VocabularyShard,
+    local_head,
+    local_low_rank,
+    replicated,
+    sum_over_ranks,
+)
 
 __all__ = ["LOG_PROB_OUTPUTS", "LogProbs", "linear_log_probs"]
 
@@ -58,6 +70,8 @@ def _make_forward(use_kernel: bool) -> Any:
         weight: Tensor,
         labels: Tensor,
         bias: Tensor | None,
+        low_rank_hidden: Tensor | None,
+        low_rank_weight: Tensor | None,
         ignore_index: int,
         inner: float,
         outer: float,
@@ -75,6 +89,7 @@ def _make_forward(use_kernel: bool) -> Any:
         n_all_classes: int,
         plan_classes: int,
         need_hidden: bool,
+        need_low_rank_hidden: bool,
     ) -> tuple[Tensor, ...]:
         n = len(labels)
         part = None if group is None else Part(group, first_class, n_all_classes)
@@ -92,12 +107,13 @@ def _make_forward(use_kernel: bool) -> Any:
                 hidden,
                 weight,
                 bias,
+                LowRank.of(low_rank_hidden, low_rank_weight),
                 functools.partial(
-                    _on_tile,
+                    score_tile,
                     part=part,
                     labels=labels,
                     spec=RowLoss(ignore_index, inner, outer, 0.0, 0.0, False),
-                    statistics=_wanted(written, wanted),
+                    statistics=wanted_of(written, wanted),
                     gradient_scale=FP16_GRADIENT_SCALE if compute_dtype == torch.float16 else 1.0,
                     use_kernel=use_kernel,
                 ),
@@ -106,67 +122,23 @@ def _make_forward(use_kernel: bool) -> Any:
                 compute_dtype=compute_dtype,
                 weight_gradient_dtype=compute_dtype,
                 tile_bytes=tile_bytes,
-                need=(need_hidden, False, False),
+                need=Need(hidden=need_hidden, low_rank_hidden=need_low_rank_hidden),
                 kept=Kept(kept, known=False) if kept_rows else None,
                 plan_classes=plan_classes,
             )
-            sum_over_ranks(gradients.hidden, part)
+            sum_over_ranks(part, gradients.hidden, gradients.low_rank_hidden)
         if max_valid is not None and max_valid < n:  # a bound that is too small must not pass unseen
             dropped = (labels != ignore_index).sum() > max_valid
             written[0].masked_fill_(dropped, torch.nan)
-        return *written, kept, gradients.hidden
+        return *written, kept, gradients.hidden, gradients.low_rank_hidden
 
     return forward
 
 
-def _wanted(statistics: Sequence[Tensor], wanted: Sequence[bool]) -> RowStatistics:
-    """Those of the statistics, in their order, that are wanted."""
-    return RowStatistics(*(each if flag else None for each, flag in zip(statistics, wanted)))  # type: ignore[arg-type]
-
-
-def _on_tile(
-    logits: Tensor,
-    rows: Tensor | None,
-    gradient: Tensor | None,
-    *,
-    part: Part | None,
-    labels: Tensor,
-    spec: RowLoss,
-    statistics: RowStatistics,
-    gradient_scale: float,
-    use_kernel: bool,
-) -> None:
-    options: dict[str, Any] = {"gradient": gradient, "gradient_scale": gradient_scale, "use_kernel": use_kernel}
-    if part is None:
-        log_prob_rows(logits, labels, spec, statistics, rows=rows, **options)
-        return
-    index = slice(None) if rows is None else rows
-    labels = labels[index]
-    _, entropy, mean_logits, squares, top1 = (each is not None for each in statistics[1:6])
-    _, joint = row_statistics(
-        logits,
-        labels,
-        spec,
-        part,
-        entropy=entropy,
-        mean_logits=mean_logits,
-        log_sum_sq_probs=squares,
-        best=top1,
-        use_kernel=use_kernel,
-    )
-    valid = labels != spec.ignore_index
-    if joint.best_class is not None:
-        joint = joint._replace(top1=joint.best_class == labels)
-    for out, values in zip(statistics[:6], joint[:6]):
-        if out is not None and values is not None:
-            out[index] = torch.where(valid, values, 0).to(out.dtype)
-    if gradient is not None:
-        parts: dict[str, Any] = {"first_class": part.first_class, "n_all_classes": part.n_all_classes}
-        log_prob_rows(logits, labels, spec, joint, known=True, **parts, **options)
-
-
-def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *options: Any) -> Any:
-    compute_dtype, wanted, kept_rows, need_hidden = options[3], options[6:10], options[10], options[-1]
+def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any) -> Any:
+    low_rank_hidden, options = arguments[1], _Options(*arguments[3:-2])
+    need_hidden, need_low_rank_hidden = arguments[-2:]
+    compute_dtype = options.compute_dtype
     dtype = accumulation_dtype(compute_dtype)
 
     def rows(flag: bool, dtype: torch.dtype = dtype) -> Tensor:
@@ -175,10 +147,11 @@ def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
     return (
         rows(True),
         rows(True),
-        *map(rows, wanted[:3]),
-        rows(wanted[3], torch.bool),
-        hidden.new_empty((kept_rows, weight.shape[0]), dtype=compute_dtype),
+        *map(rows, (options.entropy, options.mean_logits, options.log_sum_sq_probs)),
+        rows(options.top1, torch.bool),
+        hidden.new_empty((options.kept_rows, weight.shape[0]), dtype=compute_dtype),
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
+        hidden.new_empty(low_rank_hidden.shape if need_low_rank_hidden else (0,), dtype=compute_dtype),
     )
 
 
@@ -188,6 +161,8 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
         weight: Tensor,
         labels: Tensor,
         bias: Tensor | None,
+        low_rank_hidden: Tensor | None,
+        low_rank_weight: Tensor | None,
         log_probs_upstream: Tensor | None,
         entropy_upstream: Tensor | None,
         mean_upstream: Tensor | None,
@@ -208,11 +183,8 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
         first_class: int,
         n_all_classes: int,
         plan_classes: int,
-        need_hidden: bool,
-        need_weight: bool,
-        need_bias: bool,
-        weight_gradient_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        *needs: Any,  # as NEED_SCHEMA has them
+    ) -> tuple[Tensor, ...]:
         own_first, part = first_class, None if group is None else Part(group, first_class, n_all_classes)
         rows, n_valid = partition_rows(labels, ignore_index, max_valid, use_kernel)
         known = (lse, lse, entropy, lse, log_sum_sq_probs)  # of which those with an upstream gradient are read
@@ -223,7 +195,7 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
                 logits,
                 labels,
                 RowLoss(ignore_index, inner, outer, 0.0, 0.0, False),
-                _wanted(known, wanted),
+                wanted_of(known, wanted),
                 rows=rows,
                 gradient=gradient,
                 known=True,
@@ -238,34 +210,32 @@ def _make_backward(use_kernel: bool, in_place: bool) -> Any:
             "rows": rows,
             "n_valid": n_valid,
             "compute_dtype": compute_dtype,
-            "weight_gradient_dtype": weight_gradient_dtype,
+            "weight_gradient_dtype": needs[-1],
             "tile_bytes": tile_bytes,
-            "need": (need_hidden, need_weight, need_bias),
+            "need": Need(*needs[:-1]),
         }
+        head = (hidden, weight, bias, LowRank.of(low_rank_hidden, low_rank_weight))
         with without_autocast(hidden):
             if by_classes:
-                gradients = run_class_tiles(hidden, weight, bias, on_tile, **engine, kept=kept if len(kept) else None)
+                gradients = run_class_tiles(*head, on_tile, **engine, kept=kept if len(kept) else None)
             else:
                 keeps = Kept(kept, known=True, overwrite=in_place) if len(kept) else None
-                gradients = run_tiles(hidden, weight, bias, on_tile, **engine, kept=keeps, plan_classes=plan_classes)
-            sum_over_ranks(gradients.hidden, part)
-        return gradients.hidden, gradients.weight, gradients.bias
+                gradients = run_tiles(*head, on_tile, **engine, kept=keeps, plan_classes=plan_classes)
+            sum_over_ranks(part, gradients.hidden, gradients.low_rank_hidden)
+        return gradients.in_order()
 
     return backward
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = arguments[:2]
-    compute_dtype = arguments[16]
-    need_hidden, need_weight, need_bias, weight_gradient_dtype = arguments[24:]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=compute_dtype),
-        hidden.new_empty(weight.shape if need_weight else (0,), dtype=weight_gradient_dtype),
-        hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=accumulation_dtype(compute_dtype)),
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, weight, _, _, low_rank_hidden, low_rank_weight = arguments[:6]
+    compute_dtype = arguments[18]
+    return empty_gradients(
+        hidden, weight, low_rank_hidden, low_rank_weight, compute_dtype, arguments[-6:-1], arguments[-1]
     )
 
 
-_TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias"
+_TENSORS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight"
 _OPTIONS = "int ignore_index, float inner, float outer, ScalarType compute_dtype, int? tile_bytes, SymInt? max_valid"
 _OUTPUTS = (
     "bool entropy, bool mean_logits, bool log_sum_sq_probs, bool top1, SymInt kept_rows, bool by_classes, "
@@ -274,13 +244,13 @@ _OUTPUTS = (
 _BACKWARD = (
     f"({_TENSORS}, Tensor? log_probs_upstream, Tensor? entropy_upstream, Tensor? mean_upstream, "
     "Tensor? squares_upstream, Tensor? scale, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, "
-    f"Tensor{{}} kept, {_OPTIONS}, bool by_classes, {SHARD_SCHEMA}, bool need_hidden, bool need_weight, "
-    "bool need_bias, ScalarType weight_gradient_dtype) -> (Tensor, Tensor, Tensor)"
+    f"Tensor{{}} kept, {_OPTIONS}, bool by_classes, {SHARD_SCHEMA}, {NEED_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 _forward = define(
-    f"linear_log_probs_forward({_TENSORS}, {_OPTIONS}, {_OUTPUTS}, bool need_hidden)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_log_probs_forward({_TENSORS}, {_OPTIONS}, {_OUTPUTS}, bool need_hidden, bool need_low_rank_hidden)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_make_forward(True),
     reference=_make_forward(False),
     fake=_fake_forward,
@@ -303,7 +273,7 @@ _backward_ = define(
 
 
 class _Options(NamedTuple):
-    """The op's arguments behind its first four."""
+    """The op's arguments behind its first six."""
 
     ignore_index: int
     inner: float
@@ -325,24 +295,25 @@ class _Options(NamedTuple):
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
-        options = _Options(*arguments)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        need_bias = bias is not None and ctx.needs_input_grad[3]
-        ctx.frozen_head = not need_weight and not need_bias
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        tensors, options = arguments[:6], _Options(*arguments[6:])
+        ctx.need = Need.of(ctx.needs_input_grad)
+        ctx.frozen_head = not ctx.need.sums_rows
         if ctx.frozen_head:
             options = options._replace(kept_rows=0)
         tile_bytes = options.tile_bytes
         if options.by_classes and tile_bytes is None:
-            whole_weight = options.plan_classes * weight.shape[1] * options.compute_dtype.itemsize
-            tile_bytes = least_tile_bytes(0 if ctx.frozen_head else whole_weight)
-        log_probs, lse, entropy, mean_logits, squares, top1, kept, hidden_gradient = _forward(
-            hidden, weight, labels, bias, *options._replace(tile_bytes=tile_bytes), ctx.frozen_head
+            whole_weight = options.plan_classes * tensors[1].shape[1] * options.compute_dtype.itemsize
+            tile_bytes = least_tile_bytes(whole_weight if ctx.need.weight else 0)
+        log_probs, lse, entropy, mean_logits, squares, top1, kept, *formed = _forward(
+            *tensors,
+            *options._replace(tile_bytes=tile_bytes),
+            ctx.frozen_head and ctx.need.hidden,
+            ctx.frozen_head and ctx.need.low_rank_hidden,
         )
-        ctx.save_for_backward(hidden, weight, labels, bias, lse, entropy, squares, kept, hidden_gradient)
+        ctx.save_for_backward(*tensors, lse, entropy, squares, kept, *formed)
         ctx.options = options
-        ctx.need = (need_hidden, need_weight, need_bias)
-        ctx.dtypes = (hidden.dtype, gradient_dtype(weight), None if bias is None else bias.dtype)
+        ctx.dtypes = gradient_dtypes(*tensors[:2], *tensors[3:])
         wanted = options[6:10]
         extra = (entropy, mean_logits, squares, top1)
         ctx.mark_non_differentiable(*(each for each, flag in zip(extra[:3], wanted) if not flag), top1)
@@ -356,12 +327,19 @@ class _LinearLogProbs(torch.autograd.Function):
         rest = (None,) * len(options)
         given = [each for each in upstream[:4] if each is not None]
         if not given:
-            return (None, None, None, None, *rest)
-        *tensors, hidden_gradient = ctx.saved_tensors
+            return (*(None,) * 6, *rest)
+        *tensors, formed, low_rank_formed = ctx.saved_tensors
         half = options.compute_dtype == torch.float16
         if ctx.frozen_head and upstream[0] is not None and len(given) == 1:
             factor = upstream[0].new_full((), 1 / FP16_GRADIENT_SCALE) if half else None
-            return (finish(hidden_gradient, ctx.dtypes[0], factor, upstream[0]), None, None, None, *rest)
+            of_rows = [
+                finish(gradient, dtype, factor, upstream[0]) if needed else None
+                for gradient, dtype, needed in (
+                    (formed, ctx.dtypes[0], ctx.need.hidden),
+                    (low_rank_formed, ctx.dtypes[3], ctx.need.low_rank_hidden),
+                )
+            ]
+            return (of_rows[0], None, None, None, of_rows[1], None, *rest)
         # Rows that weigh 1/N each would underflow in fp16: there the largest gradient that comes in is made
         # FP16_GRADIENT_SCALE, and what goes out is divided by as much in fp32.
         scale = factor = None
@@ -372,25 +350,23 @@ class _LinearLogProbs(torch.autograd.Function):
         weight_dtype = torch.float32 if half else ctx.dtypes[1]
         op = _backward if options.kept_rows == 0 or options.by_classes or graph_is_kept() else _backward_
         gradients = op(
-            *tensors[:4], *upstream[:4], scale, *tensors[4:], *options[:6], *options[11:], *ctx.need, weight_dtype
+            *tensors[:6], *upstream[:4], scale, *tensors[6:], *options[:6], *options[11:], *ctx.need, weight_dtype
         )
         finished = [
             finish(gradient, dtype, factor, None) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.need)
         ]
-        return (*finished[:2], None, finished[2], *rest)
+        return (*finished[:2], None, *finished[2:], *rest)
 
 
-def _differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
-    if torch.is_grad_enabled() and (
-        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _LinearLogProbs.apply(hidden, weight, labels, bias, *arguments)
-    options = _Options(*arguments)
+def _differentiable(*arguments: Any) -> Any:
+    tensors, options = arguments[:6], _Options(*arguments[6:])
+    if any_requires_grad(*tensors):
+        return _LinearLogProbs.apply(*arguments)
     if options.by_classes and options.tile_bytes is None:
         options = options._replace(tile_bytes=least_tile_bytes())
     options = options._replace(kept_rows=0, by_classes=False)
-    log_probs, _, *extra = _forward(hidden, weight, labels, bias, *options, False)[:6]
+    log_probs, _, *extra = _forward(*tensors, *options, False, False)[:6]
     return log_probs, *extra
 
 
@@ -412,7 +388,8 @@ def _kept_rows(
         # Where one product is to make the weight's gradient, the backward holds the logits of all rows anyway.
         # Dynamo can't read a tensor's grad_dtype.
         rounded_to = weight.dtype if torch.compiler.is_compiling() else gradient_dtype(weight)
-        if plan(bound, (plan_classes, weight.shape[1]), compute_dtype, rounded_to, tile_bytes)[1]:
+        accumulated = rounded_to if weight.requires_grad else None
+        if plan(bound, (plan_classes, weight.shape[1]), compute_dtype, accumulated, tile_bytes)[1]:
             return bound
         cache_bytes = _CACHE_BYTES
     return min(bound, cache_bytes // (plan_classes * compute_dtype.itemsize))
@@ -424,6 +401,7 @@ def linear_log_probs(
     labels: Tensor,  # (*)
     *,
     bias: Tensor | None = None,  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (*, r) and (V, r)
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -440,12 +418,14 @@ def linear_log_probs(
     """``log_softmax(hidden @ weight.T + bias)`` at the labels, differentiable, without ever building the logits.
 
     The logits are ``softcap * tanh(logit_scale * l / softcap) / temperature`` (no tanh without a soft-cap) with
-    ``l = hidden @ weight.T + bias`` rounded to the products' dtype, as a linear layer rounds them; everything after is
-    in fp32 (in float64 for float64 inputs), and so is the accumulation of the weight's gradient.
+    ``l = hidden @ weight.T + bias``, plus ``a @ b.T`` for a ``low_rank=(a, b)``, rounded to the products' dtype as a
+    linear layer rounds them; everything after is in fp32 (in float64 for float64 inputs), and so is the accumulation of
+    the weights' gradients.
 
     Matrix products: one without grad mode, nothing being kept. With a head that is trained, three for the rows whose
     logits are kept and four for the others. With a frozen head two, if gradients come in for the log-probabilities
-    alone, and else four.
+    alone, and else four; with a frozen head and a trained low-rank term two for the rows whose logits are kept and
+    three for the others.
 
     Args:
         hidden: (\\*, H), floating point; contiguous along H, else copied.
@@ -453,6 +433,7 @@ def linear_log_probs(
             the autocast dtype, and the gradient of an fp32 weight is not rounded on its way.
         labels: (\\*), integers in [0, V) or ``ignore_index``, already shifted.
         bias: (V,) or None.
+        low_rank: a further term ``a @ b.T`` of the logits, as in :func:`linear_cross_entropy`.
         ignore_index: rows with this label are left out of every product.
         logit_scale, softcap, temperature: see above; softcap and temperature are above 0.
         outputs: names among ``entropy``, ``mean_logits``, ``log_sum_sq_probs`` and ``top1`` to return besides the
@@ -490,7 +471,9 @@ def linear_log_probs(
     weight, bias, vocab_shard = local_head(weight, bias, vocab_shard)
     if vocab_shard is not None:
         hidden, labels = replicated(hidden), replicated(labels)
+        low_rank = local_low_rank(low_rank)
     check_head(hidden, weight, bias)
+    check_low_rank(low_rank, hidden, weight)
     check_head_labels(hidden, labels)
     shard = (None, 0, weight.shape[0], weight.shape[0]) if vocab_shard is None else vocab_shard.arguments()
     check_same_device(hidden.device, labels=labels)
@@ -516,6 +499,7 @@ def linear_log_probs(
         weight,
         flat_labels,
         bias,
+        *flat_low_rank(low_rank),
         *spec[:3],
         compute_dtype,
         tile_bytes,

@@ -235,6 +235,47 @@ def log_probs(
     return {**counts, "columns": seen.columns, "elements": seen.elements, "largest": largest}
 
 
+def low_rank(dtype: torch.dtype, *, divided: bool, reduction: str = "mean", **options: Any) -> None:
+    """An adapter beside a frozen head: each rank has its rows of the second weight, of a DTensor if ``divided``."""
+    hidden, weight, _, found = make(dtype)
+    first, end, largest = bounds(V, None)
+    generator = torch.Generator().manual_seed(6)
+    a, b = (torch.randn(n, 5, generator=generator, dtype=torch.float64).to(device(), dtype) for n in (N, V))
+    given: dict[str, Any] = {"vocab_shard": VocabularyShard(dist.group.WORLD, V, first, largest)}
+    leaves = [each.clone().requires_grad_() for each in (hidden, a, b[first:end])]
+    own: Any = weight[first:end]
+    if divided:
+        mesh = init_device_mesh(device().type, (dist.get_world_size(),), mesh_dim_names=("tp",))
+        given, own = {}, distribute_tensor(weight, mesh, [Shard(0)])
+        leaves[2] = distribute_tensor(b, mesh, [Shard(0)]).requires_grad_()
+    exact = [each.double().requires_grad_() for each in (hidden, a, b)]
+    logits = F.linear(exact[0], weight.double()) + exact[1] @ exact[2].t()
+    for op, more in ((linear_cross_entropy, {"reduction": reduction}), (linear_log_probs, options)):
+        found_loss = op(
+            leaves[0],
+            own,
+            found,
+            low_rank=(leaves[1], leaves[2]),
+            tile_bytes=3 * largest * dtype.itemsize,
+            **given,
+            **more,
+        )
+        expected = reference_loss(logits, found, reduction=reduction if op is linear_cross_entropy else "none")
+        expected = expected if op is linear_cross_entropy else -expected
+        upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        upstream = upstream.to(device())
+        gradients = list(torch.autograd.grad(found_loss, leaves, upstream.to(found_loss.dtype)))
+        wanted = torch.autograd.grad(expected, exact, upstream, retain_graph=True)
+        assert_product_close(found_loss, expected, dtype)
+        if divided:
+            gradients[2] = gradients[2].to_local()
+        for gradient, of_all, rows in zip(
+            gradients, wanted, (slice(None), slice(None), slice(first, end)), strict=True
+        ):
+            assert_part_close(gradient, of_all, rows, dtype)
+        assert_equal_everywhere(found_loss.detach(), *gradients[:2])
+
+
 def from_dtensors(hidden_placement: str) -> None:
     """A DTensor weight finds its shard, and its gradient is a DTensor of the same division."""
     mesh = init_device_mesh(device().type, (dist.get_world_size(),), mesh_dim_names=("tp",))

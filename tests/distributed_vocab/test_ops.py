@@ -58,6 +58,13 @@ def test_log_probs(ranks, options, outputs, triton):
         ranks.run(on_rank.log_probs, dtype, outputs, triton=triton, **options)
 
 
+@pytest.mark.parametrize("divided", [False, True], ids=["rows", "DTensor"])
+def test_a_low_rank_term(ranks, divided):
+    for dtype in (torch.float64, torch.float32):
+        for options in ({}, {"reduction": "none", "cache_bytes": 0}, {"least_memory": True}):
+            ranks.run(on_rank.low_rank, dtype, divided=divided, **options)
+
+
 @pytest.mark.parametrize("labels", ["first", "ignored"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_shards_without_labels(ranks, labels, dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from liger_trainer.kernels import cross_entropy, linear_cross_entropy
+from liger_trainer.kernels import cross_entropy, linear_cross_entropy, linear_log_probs
 
 N, H, V = 8192, 4096, 128256
 MIB = 2**20
@@ -39,6 +39,25 @@ def test_peak_memory_with_a_trained_head():
 
 def test_peak_memory_with_a_frozen_head():
     assert peak_over_inputs_and_gradients(*real_shape(False), 160 * MIB) < 0.3e9
+
+
+def test_peak_memory_with_an_adapter_on_a_frozen_head():
+    hidden, weight, labels = real_shape(False)
+    generator = torch.Generator("cuda").manual_seed(1)
+    a, b = (
+        torch.randn(n, 16, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_() for n in (N, V)
+    )
+    for op in (linear_cross_entropy, linear_log_probs):
+        options = {"tile_bytes": 160 * MIB} | ({"cache_bytes": 0} if op is linear_log_probs else {})
+        for _ in range(2):  # workspaces of the products are there the second time
+            hidden.grad = a.grad = b.grad = None
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            op(hidden, weight, labels, low_rank=(a, b), **options).mean().backward()
+            torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before - hidden.grad.nbytes < 0.3e9
+        assert weight.grad is None
 
 
 def test_peak_memory_of_an_evaluation():

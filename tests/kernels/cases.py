@@ -36,6 +36,8 @@ class Sizes(NamedTuple):
     tile_rows: int = 3  # of the tiles of logits
 
 
+LOW_RANK = ("low_rank_hidden", "low_rank_weight")
+RANK = 3
 RAGGED = Sizes(tokens=3, width=13, classes=131)
 MINIMAL = Sizes(tokens=2, width=4, classes=5, tile_rows=1)
 
@@ -142,6 +144,7 @@ def _head(
     class_weights: bool = False,
     num_items: bool = False,
     cached: bool = False,
+    low_rank: bool = False,
     flat: bool = False,
     **labels: str,
 ) -> Inputs:
@@ -166,21 +169,35 @@ def _head(
             arguments["class_weights"] = make.positive(sizes.classes)
         if num_items:
             arguments["num_items"] = torch.tensor(7, device=make.device)
+        if low_rank:
+            arguments["low_rank_hidden"] = make.leaf(*rows, RANK)
+            arguments["low_rank_weight"] = make.leaf(sizes.classes, RANK)
         return arguments
 
     return inputs
 
 
-def _two_heads(*, frozen: bool = False, biases: bool = False, token_weights: bool = False, padded: int = 0) -> Inputs:
+def _two_heads(
+    *,
+    frozen: bool = False,
+    biases: bool = False,
+    token_weights: bool = False,
+    low_rank: bool = False,
+    padded: int = 0,
+) -> Inputs:
     def inputs(make: Maker, sizes: Sizes) -> dict[str, Any]:
-        of_student = _head(frozen=frozen, bias=biases, token_weights=token_weights)(make, sizes)
+        of_student = _head(frozen=frozen, bias=biases, token_weights=token_weights, low_rank=low_rank)(make, sizes)
+        own = [each for each in of_student if each in ("hidden", "weight", "bias") or each in LOW_RANK]
         arguments = {
-            **{f"student_{name}": of_student.pop(name) for name in ("hidden", "weight", "bias") if name in of_student},
+            **{f"student_{name}": of_student.pop(name) for name in own},
             **of_student,
             "teacher_hidden": make.normal(2, sizes.tokens, sizes.width + 3),
             "teacher_weight": make.normal(sizes.classes + padded, sizes.width + 3),
         }
         arguments["tile_bytes"] *= 2
+        if low_rank:
+            arguments["teacher_low_rank_hidden"] = make.normal(2, sizes.tokens, RANK)
+            arguments["teacher_low_rank_weight"] = make.normal(sizes.classes + padded, RANK)
         return {**arguments, "teacher_bias": make.normal(sizes.classes + padded)} if biases else arguments
 
     return inputs
@@ -254,7 +271,17 @@ class Case:
         constants = {name: arguments.pop(name) for name in ("tile_bytes", "cache_bytes") if name in arguments}
         numbers = {name: arguments.pop(name) for name in ("max_valid",) if name in arguments}
         op, constants = self.op, {**self.options, **constants}
-        return Call(lambda tensors, numbers: op(**tensors, **numbers, **constants), arguments, numbers, layout)
+        return Call(lambda tensors, numbers: op(**_paired(tensors), **numbers, **constants), arguments, numbers, layout)
+
+
+def _paired(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+    """The two tensors of a low-rank term as the one argument that they are."""
+    paired: dict[str, Any] = dict(tensors)
+    for prefix in ("", "student_", "teacher_"):
+        names = [f"{prefix}{name}" for name in LOW_RANK]
+        if names[0] in paired:
+            paired[f"{prefix}low_rank"] = tuple(paired.pop(name) for name in names)
+    return paired
 
 
 LOG_PROB_OUTPUTS = ("entropy", "mean_logits", "log_sum_sq_probs", "top1")
@@ -309,6 +336,8 @@ CASES = [
         "token_weights-class_weights-smoothing",
     ),
     Case(linear_cross_entropy, _head(), {"token_scaling": True}, "token_scaling", constant_factor=True),
+    Case(linear_cross_entropy, _head(low_rank=True, frozen=True), {}, "low_rank-frozen"),
+    Case(linear_cross_entropy, _head(low_rank=True, bias=True), {"reduction": "none"}, "none-low_rank-bias"),
     Case(linear_log_probs, _head(cached=True)),
     Case(linear_log_probs, _head(ignored="none"), {}, "all_cached"),
     Case(linear_log_probs, _head(ignored="all"), {}, "all_ignored"),
@@ -324,7 +353,15 @@ CASES = [
         "outputs-softcap-bias",
     ),
     Case(linear_log_probs, _head(frozen=True), {"outputs": ("entropy", "mean_logits")}, "outputs-frozen"),
+    Case(linear_log_probs, _head(low_rank=True, frozen=True, cached=True), {}, "low_rank-frozen"),
+    Case(
+        linear_log_probs,
+        _head(low_rank=True, bias=True),
+        {"least_memory": True, "outputs": ("entropy",)},
+        "low_rank-least_memory",
+    ),
     Case(linear_jsd, _two_heads(padded=6)),
+    Case(linear_jsd, _two_heads(low_rank=True, frozen=True, padded=6), {}, "low_rank-frozen"),
     Case(linear_jsd, _two_heads(biases=True), {"beta": 0, "student_softcap": 3.0, "teacher_softcap": 2.0}, "forward"),
     Case(
         linear_jsd,

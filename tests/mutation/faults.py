@@ -22,6 +22,7 @@ JSD = "tests/kernels/test_divergence.py"
 LJSD = "tests/kernels/test_linear_jsd.py"
 PARTITION = "tests/kernels/test_partition.py"
 TILES = "tests/kernels/test_tiles.py"
+LOW_RANK = "tests/kernels/test_low_rank.py"
 LABELS = "tests/kernels/test_labels_out_of_range.py"
 CALLS = "tests/test_wrong_calls.py"
 PARTS = "tests/distributed_vocab/test_ops.py -k 2-ranks"
@@ -287,7 +288,7 @@ FAULTS = [
     Fault("head: weight's gradient of the last tile only", "_tiles", "first=start == 0)", "first=True)", LCE),
     Fault(
         "head: weight's gradient accumulates in bf16",
-        "_tiles",
+        "_products",
         "total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1)",
         "total.copy_(a @ b + (0 if first else total.to(a.dtype)))",
         LCE,
@@ -301,31 +302,59 @@ FAULTS = [
     ),
     Fault(
         "head: gradients of rows not scattered back",
-        "_tiles",
-        "self.hidden.index_copy_(0, rows, torch.mm(logit_gradient, weight))",
-        "self.hidden[: len(rows)] = torch.mm(logit_gradient, weight)",
+        "_products",
+        "total.index_copy_(0, rows, torch.mm(logit_gradient, weight))",
+        "total[: len(rows)] = torch.mm(logit_gradient, weight)",
         LCE,
     ),
     Fault(
         "head: rows without label keep what was in memory",
-        "_tiles",
+        "_products",
         "make = torch.empty if every_row else torch.zeros",
         "make = lambda *a, **k: torch.full(a[0], 7.0, **k)",
         LCE,
     ),
     Fault(
         "head: bias forgotten in the product",
-        "_tiles",
+        "_products",
         "return torch.addmm(bias, hidden, weight.t(), out=out)",
         "return torch.mm(hidden, weight.t(), out=out)",
         LCE,
     ),
     Fault(
         "head: gradient of the bias of the last tile only",
-        "_tiles",
+        "_products",
         "self.bias += logit_gradient",
         "self.bias.copy_(logit_gradient.sum(0)) if True else logit_gradient",
         LCE,
+    ),
+    Fault(
+        "head: low-rank term forgotten in a tile of classes",
+        "_tiles",
+        "class_bias, part, None if",
+        "class_bias, None, None if",
+        LOW_RANK,
+    ),
+    Fault(
+        "head: gradient of the low-rank hidden states forgotten",
+        "_products",
+        "_write_rows(self.low_rank_hidden, rows, logit_gradient, low_rank.weight)",
+        "self.low_rank_hidden.zero_()",
+        LOW_RANK,
+    ),
+    Fault(
+        "head: gradient of the low-rank weight of the last tile only",
+        "_products",
+        "accumulate_weight_gradient(self.low_rank_weight, logit_gradient, low_rank.hidden, first)",
+        "accumulate_weight_gradient(self.low_rank_weight, logit_gradient, low_rank.hidden, True)",
+        LOW_RANK,
+    ),
+    Fault(
+        "head: low-rank rows not gathered, those at the tile's place taken",
+        "_products",
+        "return x[index] if isinstance(index, slice) else x.index_select(0, index)",
+        "return x[index] if isinstance(index, slice) else x[: len(index)]",
+        LOW_RANK,
     ),
     Fault(
         "head: num_items forgotten", "linear_cross_entropy", "divisor_tensor=num_items,", "divisor_tensor=None,", LCE
@@ -360,9 +389,9 @@ FAULTS = [
     ),
     Fault(
         "log-probabilities: stale cache of logits",
-        "_tiles",
-        "        if not known:\n            head_product",
-        "        if not known and start == 0:\n            head_product",
+        "_products",
+        "out[:n_kept].copy_(kept)",
+        "out[:n_kept].zero_()",
         LLP,
     ),
     Fault("log-probabilities: entropy without its moment", "_log_prob_rows", "(lse2 - expected_z)", "(lse2)", LLP),
