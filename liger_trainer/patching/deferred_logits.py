@@ -68,10 +68,21 @@ class Head:
 
     Its tensors are let go after the loss, so that ``outputs.logits`` pins no weight; later uses take the module's.
     Where the module has its weight for the time of the forward only, they stay as long as the logits. Of a
-    tensor-parallel head they are this rank's rows, and ``shard`` says which.
+    tensor-parallel head they are this rank's rows, and ``shard`` says which. ``low_rank_weight``, (V, r) of an
+    adapter, is small, and stays.
     """
 
-    __slots__ = ("bias", "compute_dtype", "lent", "module", "n_classes", "shard", "tile_bytes", "weight")
+    __slots__ = (
+        "bias",
+        "compute_dtype",
+        "lent",
+        "low_rank_weight",
+        "module",
+        "n_classes",
+        "shard",
+        "tile_bytes",
+        "weight",
+    )
 
     def __init__(self, module: nn.Linear, compute_dtype: torch.dtype, tile_bytes: int | None) -> None:
         self.module: weakref.ref[nn.Linear] = weakref.ref(module)
@@ -81,6 +92,7 @@ class Head:
         self.lent = not torch.compiler.is_compiling() and sharding.is_lent(module.weight)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.low_rank_weight: Tensor | None = None
         self.shard: VocabularyShard | None = None
 
     def tensors(self, n_classes: int | None = None) -> tuple[Tensor, Tensor | None]:
@@ -177,6 +189,7 @@ class _Fields(NamedTuple):
     head: Head | None
     transform: _Transform
     cell: _Cell
+    low_rank: Tensor | None = None  # (*, r) hidden states of the head's low-rank term
 
 
 _SMOOTHING: list[_Smoothing] = []
@@ -228,7 +241,7 @@ class DeferredLogits(_Fields):
 
     @property
     def requires_grad(self) -> bool:
-        return self.hidden.requires_grad
+        return self.hidden.requires_grad or (self.low_rank is not None and self.low_rank.requires_grad)
 
     def dim(self) -> int:
         return self.hidden.dim()
@@ -241,18 +254,47 @@ class DeferredLogits(_Fields):
 
     # -- what is recorded ------------------------------------------------------------------------------------------
 
-    def _with(self, hidden: Tensor | None = None, transform: _Transform | None = None) -> DeferredLogits:
+    def _with(
+        self, hidden: Tensor | None = None, transform: _Transform | None = None, low_rank: Tensor | None = None
+    ) -> DeferredLogits:
         return DeferredLogits(
             self.hidden if hidden is None else hidden,
             self.head,
             self.transform if transform is None else transform,
             _Cell(self.cell.changes),
+            self.low_rank if low_rank is None else low_rank,
         )
+
+    def _of_rows(self, change: Callable[[Tensor], Tensor]) -> DeferredLogits:
+        """Other rows, as ``change`` makes them of tensors (\\*, columns)."""
+        return self._with(change(self.hidden), low_rank=None if self.low_rank is None else change(self.low_rank))
+
+    def with_low_rank(self, hidden: Tensor, weight: Tensor) -> DeferredLogits:
+        """These logits plus ``hidden @ weight.T``, of (\\*, r) and (V, r): an adapter's.
+
+        Only of logits as :func:`defer` made them, of a head that is not divided over ranks.
+        """
+        assert self.head is not None and self.head.shard is None
+        # A framework that shards it takes its memory back before all logits are read, and it is small.
+        copy = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # As the head's own: one node for both, where the weight's gradient has the weight's dtype.
+        if torch.is_grad_enabled() and hidden.requires_grad and gradient_dtype(weight) == weight.dtype:
+            hidden, weight, _ = _Tie.apply(hidden, weight, None, copy)
+        elif copy:
+            weight = weight.clone()
+        self.head.low_rank_weight = weight
+        return self._with(low_rank=hidden)
+
+    def low_rank_term(self) -> tuple[Tensor, Tensor] | None:
+        """The low-rank term of these logits as the kernels take it: (\\*, r) and (V, r); None without one."""
+        if self.low_rank is None or self.head is None or self.head.low_rank_weight is None:
+            return None
+        return self.low_rank, self.head.low_rank_weight[: self.transform.n_classes]
 
     def _of_classes(self) -> bool:
         """Whether a change of single classes' logits can be recorded: they are the head's, cast at the most."""
         linear = self.transform.inner == 1 and not self.transform.capped
-        return self.head is not None and self.cell.value is None and linear
+        return self.head is not None and self.low_rank is None and self.cell.value is None and linear
 
     def _is_for_classes(self, numbers: Any) -> bool:
         fits = one_a_class(numbers, self.dim(), self.shape[-1]) and self._of_classes()
@@ -302,7 +344,7 @@ class DeferredLogits(_Fields):
         moved = [dim % self.dim() if -self.dim() <= dim < self.dim() else None for dim in (dim0, dim1)]
         if self.cell.value is not None or None in moved or self.dim() - 1 in moved:
             return self.materialize().transpose(dim0, dim1)
-        return self._with(self.hidden.transpose(dim0, dim1))
+        return self._of_rows(lambda x: x.transpose(dim0, dim1))
 
     def _reshaped(self, name: str, shape: tuple[Any, ...]) -> Any:
         if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)):
@@ -313,7 +355,7 @@ class DeferredLogits(_Fields):
                 last = self.numel() // max(prod(leading), 1)
             if last == self.shape[-1] and leading:
                 # view and reshape alike: the hidden states may be copied where the logits would not have been.
-                return self._with(self.hidden.reshape(*leading, self.hidden.shape[-1]))
+                return self._of_rows(lambda x: x.reshape(*leading, x.shape[-1]))
         return getattr(self.materialize(), name)(*shape)
 
     def view(self, *shape: Any) -> Any:
@@ -327,7 +369,7 @@ class DeferredLogits(_Fields):
         if self.cell.value is None:
             rows, columns = _split_index(items, self.dim())
             if rows is not None:
-                kept = self._with(self.hidden[rows])
+                kept = self._of_rows(lambda x: x[rows])
                 if columns is None:
                     return kept
                 width = len(range(*columns.indices(self.shape[-1])))
@@ -432,6 +474,8 @@ class DeferredLogits(_Fields):
                 # Inside autocast this is what autocast does; outside it the dtypes would not meet by themselves.
                 with torch.autocast(logits.device.type, enabled=False):
                     logits = F.linear(logits.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+                    if self.low_rank is not None and self.head.low_rank_weight is not None:
+                        logits = logits + F.linear(self.low_rank.to(dtype), self.head.low_rank_weight.to(dtype))
             for change in self.cell.changes:
                 logits = change.of_logits(logits[..., : change.n_classes])
             self.cell.value = self.transform.apply(logits)
@@ -592,6 +636,7 @@ def _fused_cross_entropy(
             head_weight,
             target,
             bias=bias,
+            low_rank=logits.low_rank_term(),
             class_weights=weight,
             tile_bytes=logits.head.tile_bytes,
             max_valid=max_valid,

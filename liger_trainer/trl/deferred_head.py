@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..patching.adapters import is_lora, serving_module
 from ..patching.deferred_logits import DeferredLogits, defer
 from ..patching.sharding import keep_whole, unwrapped
-from .affine_head import is_lora, reason_against, serving_module, stacked
+from .affine_head import product, reason_against
 
 __all__ = ["HeadTensors", "check_head", "deferring_head", "head_tensors"]
 
@@ -69,9 +70,10 @@ def deferring_head(model: Any, tile_bytes: int | None = None) -> Iterator[list[A
     met: list[Any] = []
 
     def deferred(hidden: Tensor) -> DeferredLogits:
-        module, hidden = stacked(head, hidden, own)
-        met.append(module)
-        return defer(module, hidden, **options)
+        made = product(head, hidden, own)
+        met.append(made.layer)
+        logits = defer(made.layer, made.hidden, **options)
+        return logits if made.low_rank is None else logits.with_low_rank(*made.low_rank)
 
     def forward(hidden: Tensor) -> DeferredLogits:
         if base is head:
@@ -83,6 +85,12 @@ def deferring_head(model: Any, tile_bytes: int | None = None) -> Iterator[list[A
         yield met
 
 
+def _mean_products(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(\\*) means over the rows of ``weight`` (V, H) of their products with (\\*, H) hidden states."""
+    row = weight.mean(0, dtype=torch.float32)
+    return torch.mv(hidden.flatten(0, -2).float(), row).view(hidden.shape[:-1])
+
+
 class HeadTensors(NamedTuple):
     """What the logits of a forward are: ``options`` go to the kernels, hidden is (B, T, H)."""
 
@@ -92,10 +100,12 @@ class HeadTensors(NamedTuple):
     compute_dtype: torch.dtype
     logit_scale: float
     softcap: float | None
+    low_rank: tuple[Tensor, Tensor] | None = None  # (B, T, r) and (V, r)
 
     def last(self, length: int) -> HeadTensors:
         """Those of the last ``length`` positions: what prompt learning puts before the tokens is none of theirs."""
-        return self._replace(hidden=self.hidden[:, -length:])
+        low_rank = None if self.low_rank is None else (self.low_rank[0][:, -length:], self.low_rank[1])
+        return self._replace(hidden=self.hidden[:, -length:], low_rank=low_rank)
 
     def mean_of_logits(self, **options: Any) -> Tensor:
         """(B, T) means over the vocabulary of every position's logits, without gradient.
@@ -106,8 +116,9 @@ class HeadTensors(NamedTuple):
 
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
             if self.softcap is None:
-                row = self.weight.mean(0, dtype=torch.float32)
-                means = torch.mv(self.hidden.flatten(0, -2).float(), row).view(self.hidden.shape[:-1])
+                means = _mean_products(self.hidden, self.weight)
+                if self.low_rank is not None:
+                    means = means + _mean_products(*self.low_rank)
                 if self.bias is not None:
                     means = means + self.bias.mean(dtype=torch.float32)
                 return self.logit_scale * means
@@ -117,6 +128,7 @@ class HeadTensors(NamedTuple):
                 self.weight,
                 everywhere,
                 bias=self.bias,
+                low_rank=self.low_rank,
                 outputs=("mean_logits",),
                 max_valid=everywhere.numel(),
                 compute_dtype=self.compute_dtype,
@@ -147,5 +159,11 @@ def head_tensors(logits: Any, owner: Callable[..., Any] | nn.Module) -> HeadTens
     weight, bias = logits.rows()
     options = logits.transform.loss_options()
     return HeadTensors(
-        logits.hidden, weight, bias, logits.head.compute_dtype, options["logit_scale"], options.get("softcap")
+        logits.hidden,
+        weight,
+        bias,
+        logits.head.compute_dtype,
+        options["logit_scale"],
+        options.get("softcap"),
+        logits.low_rank_term(),
     )

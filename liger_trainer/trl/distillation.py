@@ -14,8 +14,9 @@ from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
 from ..kernels import linear_jsd
+from ..patching.adapters import is_plain, serving_module
 from ..patching.counted_labels import count_labels
-from .affine_head import is_plain, serving_module, stacked
+from .affine_head import product
 from .arguments import LigerTRLArguments
 from .deferred_head import HeadTensors, check_head
 from .fused_forward import IGNORED, upper_bound
@@ -74,6 +75,8 @@ class LigerGKDTrainer(LigerLossMixin, GKDTrainer):
                 num_items=num_items_in_batch,
                 student_bias=student.bias,
                 teacher_bias=teacher.bias,
+                student_low_rank=student.low_rank,
+                teacher_low_rank=teacher.low_rank,
                 student_logit_scale=student.logit_scale,
                 student_softcap=student.softcap,
                 teacher_logit_scale=teacher.logit_scale,
@@ -144,9 +147,10 @@ class LigerDistillationTrainer(LigerLossMixin, DistillationTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, sum of the student's entropies, number of tokens), as TRL's ``_chunked_divergence_loss``."""
         valid = completion_mask != 0
+        student_low_rank = None
         if self._adapted_head is not None:
-            product, student_hidden_states = stacked(self._adapted_head, student_hidden_states)
-            student_lm_head_weight, student_lm_head_bias = product.weight, product.bias
+            layer, student_hidden_states, student_low_rank = product(self._adapted_head, student_hidden_states)
+            student_lm_head_weight, student_lm_head_bias = layer.weight, layer.bias
         output: Any = linear_jsd(
             student_hidden_states,
             student_lm_head_weight,
@@ -158,6 +162,7 @@ class LigerDistillationTrainer(LigerLossMixin, DistillationTrainer):
             num_items=num_items_in_batch,
             student_bias=student_lm_head_bias,
             teacher_bias=teacher_lm_head_bias,
+            student_low_rank=student_low_rank,
             student_logit_scale=student_logit_scale,
             student_softcap=student_final_logit_softcapping,
             teacher_logit_scale=teacher_logit_scale,

@@ -133,6 +133,7 @@ def _score(head: HeadTensors, labels: Tensor, n_labels: int | None, options: Hea
         head.weight,
         labels,
         bias=head.bias,
+        low_rank=head.low_rank,
         outputs=tuple(ours for theirs, ours in _OURS.items() if theirs in options.outputs),
         logit_scale=head.logit_scale,
         softcap=head.softcap,

@@ -67,6 +67,7 @@ class LigerSFTTrainer(LigerLossMixin, SFTTrainer):
                 head.weight,
                 labels.to(head.hidden.device),
                 bias=head.bias,
+                low_rank=head.low_rank,
                 label_smoothing=smoother.epsilon,
                 num_items=num_items_in_batch,
                 logit_scale=head.logit_scale,

@@ -72,6 +72,7 @@ class ConcatenatedForward(LigerLossMixin):
                 head.weight,
                 labels,
                 bias=head.bias,
+                low_rank=head.low_rank,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
                 compute_dtype=head.compute_dtype,

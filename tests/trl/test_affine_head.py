@@ -10,7 +10,8 @@ from tiny_models import HIDDEN, VOCAB, tiny_llama
 from torch import nn
 from torch.nn import functional as F
 
-from liger_trainer.trl.affine_head import reason_against, serving_module, stacked
+from liger_trainer.patching.adapters import serving_module
+from liger_trainer.trl.affine_head import product, reason_against
 
 TOKENS = {"lm_head": [5, 17, 200]}
 
@@ -51,22 +52,25 @@ def make_head(name: str, bias: bool = False) -> nn.Module:
 
 
 def results(logits, leaves):
-    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits.dtype)
     gradients = torch.autograd.grad((logits * upstream).sum(), leaves, allow_unused=True)
     return logits, *(torch.zeros_like(leaf) if each is None else each for each, leaf in zip(gradients, leaves))
 
 
-def check(head: nn.Module) -> None:
-    assert reason_against(serving_module(head), torch.float32) is None
-    hidden = torch.randn(3, 7, HIDDEN, generator=torch.Generator().manual_seed(3)).requires_grad_()
+def check(head: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    assert reason_against(serving_module(head), dtype) is None
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(3, 7, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     leaves = [hidden, *(parameter for parameter in head.parameters() if parameter.requires_grad)]
     torch.manual_seed(4)  # of the dropout
     expected = results(head(hidden), leaves)
     torch.manual_seed(4)
-    product, inputs = stacked(serving_module(head), hidden)
-    found = results(F.linear(inputs, product.weight, product.bias), leaves)
+    layer, inputs, low_rank = product(serving_module(head), hidden)
+    logits = F.linear(inputs, layer.weight, layer.bias)
+    found = results(logits if low_rank is None else logits + F.linear(*low_rank), leaves)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
     for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -108,7 +112,14 @@ def test_two_adapters_in_force():
     with torch.no_grad():
         for name in ("one", "two"):
             head.lora_B[name].weight.normal_(generator=torch.Generator().manual_seed(1))
-    check(head)
+    check(head.double(), torch.float64)
+
+
+def test_one_adapter_is_no_copy():
+    head = make_head("lora")
+    layer, _, low_rank = product(head, torch.zeros(2, HIDDEN))
+    assert low_rank is not None
+    assert layer is head.base_layer and low_rank[1] is head.lora_B["default"].weight
 
 
 def test_what_is_no_product_says_so():

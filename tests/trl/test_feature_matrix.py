@@ -8,7 +8,7 @@ import pytest
 from beside_trl import slow
 from feature_matrix import BEGIN, END, FEATURES, PAGE, TRAINERS, Result, run, table
 
-from liger_trainer.trl import affine_head
+from liger_trainer.patching import adapters
 
 CELLS = [(trainer, feature) for feature in FEATURES for trainer in TRAINERS if trainer in FEATURES[feature].only]
 # One of every feature that nothing else in the default run has; the rest is slow.
@@ -34,7 +34,7 @@ def test_cell(trainer, feature):
 
 
 def test_an_adapter_left_out_is_seen(monkeypatch):
-    monkeypatch.setattr(affine_head, "_adapters", lambda head: [])
+    monkeypatch.setattr(adapters, "adapters_in_force", lambda head: [])
     result = run("ORPO", "lora-head")
     assert result.outcome == "different"
 
