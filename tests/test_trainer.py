@@ -72,6 +72,24 @@ def test_the_course_of_training_is_the_same(cls: type[Trainer], tmp_path: Path, 
     assert_same_course(trainer, stock)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_an_adapter_on_the_head(smoothing: float, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> nn.Module:
+        model = tiny_llama()
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.2, init_lora_weights=False)
+        return peft.get_peft_model(model, config)
+
+    options: dict[str, Any] = {"label_smoothing_factor": smoothing, "label_names": ["labels"]}
+    reference = trained(Trainer, tmp_path, model=adapted(), **options)
+    with logits_rows() as met:
+        trainer = trained(LigerTrainer, tmp_path, model=adapted(), use_liger=True, liger_config=TILE, **options)
+    assert met.rows <= 8
+    assert_same_course(trainer, reference)
+
+
 def test_use_liger_decides_where_there_is_the_field(tmp_path: Path) -> None:
     assert not is_patched(LigerTrainer(tiny_llama(), arguments(tmp_path)).model)
     assert is_patched(LigerTrainer(tiny_llama(), arguments(tmp_path, use_liger=True)).model)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..kernels._tiles import _TILE_BYTES
 from ..kernels._vocabulary import is_divided_by_rows, is_dtensor
 from . import class_swap
+from .adapters import adapted_layer, difference_of_adapters, is_plain, linear_of, low_rank_term, reason_against_adapters
 from .counted_labels import count_labels
 from .deferred_logits import DeferredLogits, defer
 from .lazy_logits import settle
@@ -28,7 +29,7 @@ from .options import Options
 from .own_head import DeferredProduct, has_own_forward, with_few_classes
 from .probe import Noise, quiet
 from .recogniser import ClassSwap, Finding, Skip, apply_all
-from .sharding import HeadWeight, keep_whole, unwrapped
+from .sharding import HeadWeight, keep_whole
 
 __all__ = ["recognise"]
 
@@ -73,7 +74,7 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
         if getattr(self, "_is_replica", False):  # of nn.DataParallel, which gathers outputs that are tensors only
             return original(self, *args, **kwargs)
         outer = _head_of(self)
-        head: Any = None if outer is None else unwrapped(outer)
+        head: Any = None if outer is None else linear_of(outer)
         deferring = False
         for name in _LABEL_ARGUMENTS:
             if kwargs.get(name) is not None:
@@ -87,15 +88,22 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
         # guard on the attribute, which it leaves behind.)
         if not torch.compiler.is_compiling() and head._liger_deferring is not None:
             return original(self, *args, **kwargs)
+        adapted = adapted_layer(outer)
+        if adapted is not None and _reason_against_adapted(adapted, head) is not None:
+            return original(self, *args, **kwargs)
         head._liger_deferring = keep_whole(outer)
         # transformers' tensor parallelism would look for a tensor in what the head returns.
         hooked = not torch.compiler.is_compiling() and _is_tensor_parallel(head)
         around = vars(head).pop("forward") if hooked else None
+        if adapted is not None:
+            adapted.forward = functools.partial(_adapted_forward, adapted, head)
         try:
             outputs = original(self, *args, **kwargs)
         finally:
             if around is not None:
                 head.forward = around
+            if adapted is not None:
+                del adapted.forward
             if torch.compiler.is_compiling():
                 head._liger_deferring = None  # Dynamo can't replay a deletion
             else:
@@ -103,6 +111,39 @@ def _model_members(original: Callable[..., Any]) -> dict[str, Any]:
         return settle(outputs)
 
     return {"forward": forward}
+
+
+def _adapted_forward(adapted: Any, linear: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """In place of the forward of a peft layer with LoRA adapters, ``linear`` being its base that defers its logits."""
+    # Which adapter a row has is no business of the losses, and the weight is merged no more once adapters are off.
+    logits = None
+    if not args and not kwargs and not (adapted.disable_adapters and adapted.merged):
+        logits = adapted.base_layer(hidden)
+    if logits is None or (isinstance(logits, DeferredLogits) and logits.head is not None and logits.head.shard):
+        deferring, linear._liger_deferring = linear._liger_deferring, None
+        try:
+            return type(adapted).forward(adapted, hidden, *args, **kwargs)
+        finally:
+            linear._liger_deferring = deferring
+    term = low_rank_term(adapted, hidden)
+    if term is None:
+        return logits
+    if isinstance(logits, DeferredLogits) and logits.head is not None:
+        return logits.with_low_rank(*term)
+    logits = logits.materialize() if isinstance(logits, DeferredLogits) else logits
+    return logits + F.linear(*term).to(logits.dtype)
+
+
+def _reason_against_adapted(adapted: Any, linear: nn.Module) -> str | None:
+    """Why the logits of a peft layer with LoRA adapters can't be deferred, or None."""
+    if "forward" in vars(adapted):
+        return "the forward of its adapters' layer was replaced on the instance"
+    if not is_plain(linear):  # what its forward makes of the product, the adapters' is added to
+        return f"under its adapters it is a {class_swap.stock_class(linear).__name__}, not a plain torch.nn.Linear"
+    if torch.compiler.is_compiling() or _is_tensor_parallel(linear):
+        return "it has adapters, and is compiled or tensor-parallel"
+    reason = reason_against_adapters(adapted, served=(None,))
+    return None if reason is None else f"its {reason}"
 
 
 def _is_tensor_parallel(head: nn.Module) -> bool:
@@ -174,7 +215,7 @@ def _models_with_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
         if "labels" not in inspect.signature(type(module).forward).parameters:
             continue
         outer = _head_of(module)
-        head = None if outer is None else unwrapped(outer)
+        head = None if outer is None else linear_of(outer)
         if head is not None and id(head) in paths:
             yield path, module, paths[id(head)], head
 
@@ -264,9 +305,12 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
     kernel = "linear_cross_entropy" if fused else "cross_entropy"
     found: dict[str, tuple[ClassSwap, list[ClassSwap]]] = {}
     for path, module, head_path, head in _models_with_heads(model):
+        adapted = adapted_layer(_head_of(module))
         reason = _reason_against(module, head, fused)
+        if reason is None and adapted is not None:
+            reason = _reason_against_adapted(adapted, head)
         if reason is None and (options.check or has_own_forward(head)):
-            reason = _check(head, fused)
+            reason = _check(head, fused) or (None if adapted is None else difference_of_adapters(adapted))
         if reason is not None:
             yield Skip(kind, head_path, type(head).__name__, reason)
             continue

@@ -105,9 +105,10 @@ def test_accumulation_without_synchronisation(two_processes: Group, run: Run) ->
 @pytest.mark.parametrize(
     "run",
     cases(
-        *(Run(wrapping, adapters=adapters) for wrapping in SOME for adapters in ("lora", "save")),
+        *(Run(wrapping, adapters=adapters) for wrapping in SOME for adapters in ("lora", "head", "save")),
         Run(Wrapping("fsdp2", "norm"), adapters="save"),
-        Run(Wrapping("ddp"), adapters="save"),
+        *(Run(Wrapping("ddp"), adapters=adapters) for adapters in ("head", "save")),
+        Run(Wrapping("fsdp2", "norm"), adapters="head"),
     ),
 )
 def test_adapters(two_processes: Group, run: Run) -> None:

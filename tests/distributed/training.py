@@ -193,7 +193,7 @@ def _evaluate(run: Run, spread: Any, outcome: Outcome, rank: int, share: int) ->
     del outputs
     spread.model.train()
     outputs = spread.model(**mine)
-    if run.adapters in ("", "lora"):
+    if run.adapters != "save" or run.wrapping is None:
         assert isinstance(outputs.logits, DeferredLogits) == run.patched
     with torch.no_grad():
         outcome.read_in_training = (outputs.logits + 0).float().cpu()
