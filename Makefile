@@ -91,7 +91,7 @@ release: $(READY)
 	$(BIN)/bump-my-version bump $(RELEASE) $(ARGS)
 	$(BIN)/python -m build --outdir dist
 
-OPS         := linear_cross_entropy linear_log_probs preference_losses linear_jsd cross_entropy rms_norm add_rms_norm layer_norm rotary gated_activation
+OPS         := linear_cross_entropy adapted_head linear_log_probs preference_losses linear_jsd cross_entropy rms_norm add_rms_norm layer_norm rotary gated_activation
 READY_BENCH := $(VENV)/.ready-bench
 
 benchmarks: $(READY_BENCH)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import adapted_head
 import add_rms_norm
 import cross_entropy
 import gated_activation
@@ -32,6 +33,7 @@ from training import page as training_page
 
 BENCHMARKS = (
     linear_cross_entropy.BENCHMARK,
+    adapted_head.BENCHMARK,
     linear_log_probs.BENCHMARK,
     *preference_losses.BENCHMARKS,
     linear_jsd.BENCHMARK,

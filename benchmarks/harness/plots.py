@@ -26,6 +26,7 @@ LABELS = {
     "ours-keep-0": "liger_trainer, nothing kept",
     "ours-least": "liger_trainer, least memory",
     "ours-least-1g": "liger_trainer, least memory and 1 GiB kept",
+    "ours-stacked": "liger_trainer, weights stacked",
     "hf": "Hugging Face",
     "compile": "torch.compile",
     "torch": "PyTorch fused",
