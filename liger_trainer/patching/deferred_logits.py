@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import operator
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,151 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import cross_entropy, linear_cross_entropy
-from ..kernels._dtypes import gradient_dtype
-from ..kernels._vocabulary import VocabularyShard, local_head, replicated
-from . import sharding
 from .class_changes import ClassChange, Filled, Scaled, Shifted, chosen_classes, one_a_class
 from .counted_labels import CountedLabels
 from .deferred_log_probs import DeferredLogProbs, likeliest_classes
+from .head_tensors import Head, kept_pair, met, tensor_parallel_logits
+from .logit_transform import Transform, split_index
 from .sharding import HeadWeight
 
-__all__ = ["DeferredLogits", "Head", "defer", "label_smoothing"]
-
-
-class _Tie(torch.autograd.Function):
-    """Hands on hidden states, weight and bias through one node.
-
-    Their gradients come back together, so that a sharding framework's pre-backward hook on the hidden states has run
-    before the weight's gradient is accumulated. They are no views, which FSDP2 warns about.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, copy: bool) -> Any:
-        ctx.set_materialize_grads(False)
-        keep = _copied if copy else Tensor.detach
-        kept = keep(weight), None if bias is None else keep(bias)
-        frozen = [each for i, each in enumerate(kept) if each is not None and not ctx.needs_input_grad[1 + i]]
-        ctx.mark_non_differentiable(*frozen)
-        return hidden.detach(), *kept
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *gradients, None
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
-class Head:
-    """The LM head as one forward met it. Opaque to frameworks that look for tensors in a module's outputs.
-
-    Its tensors are let go after the loss, so that ``outputs.logits`` pins no weight; later uses take the module's.
-    Where the module has its weight for the time of the forward only, they stay as long as the logits. Of a
-    tensor-parallel head they are this rank's rows, and ``shard`` says which. ``low_rank_weight``, (V, r) of an
-    adapter, is small, and stays.
-    """
-
-    __slots__ = (
-        "bias",
-        "compute_dtype",
-        "lent",
-        "low_rank_weight",
-        "module",
-        "n_classes",
-        "shard",
-        "tile_bytes",
-        "weight",
-    )
-
-    def __init__(self, module: nn.Linear, compute_dtype: torch.dtype, tile_bytes: int | None) -> None:
-        self.module: weakref.ref[nn.Linear] = weakref.ref(module)
-        self.compute_dtype = compute_dtype
-        self.tile_bytes = tile_bytes
-        self.n_classes = module.weight.shape[0]
-        self.lent = not torch.compiler.is_compiling() and sharding.is_lent(module.weight)
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.low_rank_weight: Tensor | None = None
-        self.shard: VocabularyShard | None = None
-
-    def tensors(self, n_classes: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """The weight (V, H) and bias (V,), or the first ``n_classes`` rows of both.
-
-        Raises:
-            RuntimeError: after the loss, when the head's module is gone or no longer holds its whole weight.
-        """
-        weight, bias = self._whole()
-        if n_classes is None or n_classes == self.n_classes:
-            return weight, bias
-        if self.shard is not None:
-            n_classes = max(0, n_classes - self.shard.first_class)
-        return weight[:n_classes], None if bias is None else bias[:n_classes]
-
-    def shard_of(self, n_classes: int) -> VocabularyShard | None:
-        """What the rows that :meth:`tensors` gives are of a head of so many classes, where ranks hold it together."""
-        return None if self.shard is None else self.shard.first(n_classes)
-
-    def _whole(self) -> tuple[Tensor, Tensor | None]:
-        compiling = torch.compiler.is_compiling()
-        if self.weight is not None and (compiling or not sharding.is_freed(self.weight)):
-            return self.weight, self.bias
-        module = self.module()
-        if module is not None and self.shard is not None:
-            return local_head(module.weight, module.bias)[:2]
-        weight: Any = None if module is None else sharding.gathered(module.weight)
-        whole = weight is not None and weight.dim() == 2 and weight.shape[0] == self.n_classes
-        if module is None or not whole or (not compiling and sharding.is_freed(weight)):
-            raise RuntimeError(
-                "outputs.logits were not built, since the fused loss did not need them, and the LM head's weight is no "
-                "longer whole. Read the logits before the next forward or backward, or from a forward without labels, "
-                "or patch with fused_linear_cross_entropy=False."
-            )
-        return weight, None if module.bias is None else sharding.gathered(module.bias)
-
-    def whole_logits(self, hidden: Tensor) -> Tensor:
-        """Logits of all ranks' classes, gathered, where ranks hold the head together."""
-        module = self.module()
-        assert module is not None
-        return tensor_parallel_logits(module, hidden, self.compute_dtype).full_tensor()
-
-    def release(self) -> None:
-        if not self.lent:
-            self.weight = self.bias = None
-
-
-@dataclass(frozen=True)
-class _Transform:
-    """What happened to the logits: ``inner * l``, or ``outer * tanh(inner * l)`` once capped; then a cast.
-
-    ``n_classes`` counts the columns left of the head's. No field is called ``dtype``: accelerate takes what has
-    one for a tensor.
-    """
-
-    cast_to: torch.dtype
-    n_classes: int
-    inner: float = 1.0
-    outer: float = 1.0
-    capped: bool = False
-    gathered: bool = False  # asked for as a whole by the hook of a tensor-parallel head
-
-    def times(self, factor: float) -> _Transform:
-        if self.capped:
-            return replace(self, outer=self.outer * factor)
-        return replace(self, inner=self.inner * factor)
-
-    def apply(self, logits: Tensor) -> Tensor:
-        logits = logits[..., : self.n_classes].to(self.cast_to)
-        if self.inner != 1:
-            logits = logits * self.inner
-        if self.capped:
-            logits = torch.tanh(logits) * self.outer
-        return logits
-
-    def loss_options(self) -> dict[str, Any]:
-        if self.capped:
-            return {"softcap": self.outer, "logit_scale": self.inner * self.outer}
-        return {"logit_scale": self.inner}
+__all__ = ["DeferredLogits", "defer", "label_smoothing"]
 
 
 class _Cell:
@@ -187,7 +49,7 @@ class _Cell:
 class _Fields(NamedTuple):
     hidden: Tensor  # (*, H); the logits (*, V) themselves where head is None
     head: Head | None
-    transform: _Transform
+    transform: Transform
     cell: _Cell
     low_rank: Tensor | None = None  # (*, r) hidden states of the head's low-rank term
 
@@ -255,7 +117,7 @@ class DeferredLogits(_Fields):
     # -- what is recorded ------------------------------------------------------------------------------------------
 
     def _with(
-        self, hidden: Tensor | None = None, transform: _Transform | None = None, low_rank: Tensor | None = None
+        self, hidden: Tensor | None = None, transform: Transform | None = None, low_rank: Tensor | None = None
     ) -> DeferredLogits:
         return DeferredLogits(
             self.hidden if hidden is None else hidden,
@@ -275,14 +137,7 @@ class DeferredLogits(_Fields):
         Only of logits as :func:`defer` made them, of a head that is not divided over ranks.
         """
         assert self.head is not None and self.head.shard is None
-        # A framework that shards it takes its memory back before all logits are read, and it is small.
-        copy = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # As the head's own: one node for both, where the weight's gradient has the weight's dtype.
-        if torch.is_grad_enabled() and hidden.requires_grad and gradient_dtype(weight) == weight.dtype:
-            hidden, weight, _ = _Tie.apply(hidden, weight, None, copy)
-        elif copy:
-            weight = weight.clone()
-        self.head.low_rank_weight = weight
+        hidden, self.head.low_rank_weight = kept_pair(hidden, weight)
         return self._with(low_rank=hidden)
 
     def low_rank_term(self) -> tuple[Tensor, Tensor] | None:
@@ -367,7 +222,7 @@ class DeferredLogits(_Fields):
     def __getitem__(self, index: Any) -> Any:
         items = index if isinstance(index, tuple) else (index,)
         if self.cell.value is None:
-            rows, columns = _split_index(items, self.dim())
+            rows, columns = split_index(items, self.dim())
             if rows is not None:
                 kept = self._of_rows(lambda x: x[rows])
                 if columns is None:
@@ -574,23 +429,6 @@ def _materialized(value: Any) -> Any:
     return value
 
 
-def _split_index(items: tuple[Any, ...], n_dims: int) -> tuple[tuple[Any, ...] | None, slice | None]:
-    """The part of an index that selects rows, and the slice of leading columns; (None, None) for any other index."""
-    ellipses = [i for i, item in enumerate(items) if item is Ellipsis]
-    if len(ellipses) > 1 or any(item is None or isinstance(item, bool) for item in items):
-        return None, None
-    spans = [item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1 for item in items]
-    missing = n_dims - (sum(spans) - len(ellipses))
-    if missing < 0:
-        return None, None
-    at = ellipses[0] if ellipses else len(items)
-    rows = [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
-    last = rows.pop()
-    if not isinstance(last, slice) or last.step not in (None, 1) or last.start not in (None, 0):
-        return None, None
-    return tuple(rows), None if last.stop is None else last
-
-
 def _fused_cross_entropy(
     logits: DeferredLogits,
     target: Any,
@@ -665,16 +503,6 @@ _RECORDED: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def tensor_parallel_logits(module: nn.Linear, hidden: Tensor, dtype: torch.dtype) -> Any:
-    """The logits (\\*, V) of a head that ranks hold together, as a DTensor that is divided by classes."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    weight: Any = module.weight
-    inputs = DTensor.from_local(hidden.to(dtype), weight.device_mesh, [Replicate()], run_check=False)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(inputs, weight.to(dtype), None if module.bias is None else module.bias.to(dtype))
-
-
 def defer(
     module: nn.Linear,
     hidden: Tensor,  # (*, H)
@@ -685,23 +513,6 @@ def defer(
 ) -> DeferredLogits:
     """What the head ``module`` returns for ``hidden`` in place of logits; with ``logits`` they exist already."""
     if logits is not None:
-        return DeferredLogits(logits, None, _Transform(logits.dtype, logits.shape[-1]), _Cell())
-    weight, bias, shard = local_head(module.weight, module.bias)
-    if shard is not None:
-        hidden = replicated(hidden)
-    device_type = hidden.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    head = Head(module, torch.get_autocast_dtype(device_type) if autocast else hidden.dtype, tile_bytes)
-    copy, own_unit = weight_as is HeadWeight.COPY, weight_as is not HeadWeight.ALIAS
-    # A tensor's gradient has the tensor's dtype: a weight that wants another is passed on itself.
-    tied = hidden.requires_grad and (torch.compiler.is_dynamo_compiling() or gradient_dtype(weight) == weight.dtype)
-    # A unit of its own waits for the gradient of the head's output, even where the head's input has none.
-    held = (own_unit or head.lent) and (hidden.requires_grad or weight.requires_grad)
-    if torch.is_grad_enabled() and (tied or held):
-        hidden, weight, bias = _Tie.apply(hidden, weight, bias, copy)
-    elif copy:
-        weight, bias = _copied(weight), None if bias is None else _copied(bias)
-    elif head.lent:  # ZeRO-3 takes the memory out of the parameter, not out of what shares it
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    head.weight, head.bias, head.shard = weight, bias, shard
-    return DeferredLogits(hidden, head, _Transform(head.compute_dtype, head.n_classes), _Cell())
+        return DeferredLogits(logits, None, Transform(logits.dtype, logits.shape[-1]), _Cell())
+    hidden, head = met(module, hidden, tile_bytes, weight_as)
+    return DeferredLogits(hidden, head, Transform(head.compute_dtype, head.n_classes), _Cell())
