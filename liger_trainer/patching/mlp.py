@@ -32,6 +32,7 @@ from .probe import (
     compute_device,
     difference,
     fingerprint,
+    kernels_in,
     nearly_bitwise,
     no_farther,
     probe_dtypes,
@@ -278,7 +279,8 @@ def _difference(
     mlp, x = _probe(module, roles, dtype, down_dtype)
     forward, replay = _forward(roles, activation), Replay(x.device)
     weights = list(mlp.parameters())
-    ours = Call.of(replay(functools.partial(forward, mlp)), [x], weights)
+    with kernels_in(dtype, training_dtype(_parameters(module))):
+        ours = Call.of(replay(functools.partial(forward, mlp)), [x], weights)
     reason = difference(ours, Call.of(replay(mlp.forward), [x], weights), where)
     if reason is not None and activation.written_out and dtype != torch.float32:
         # Each operation rounds, and what is left of a small number is its rounding.

@@ -333,7 +333,7 @@ def _disagreement(
         probe = _Probe(module, weight_dtype)
         x = probe.input(*leading, dtype=x_dtype)
         with torch.autocast(probe.device.type, torch.bfloat16, enabled=autocast):
-            with kernels_in(weight_dtype, list(module.parameters(recurse=False))):
+            with kernels_in(weight_dtype, training_dtype(list(module.parameters(recurse=False)))):
                 ours = Call.of(functools.partial(forward, probe.norm), [x], probe.weights)
             theirs = Call.of(probe.norm.forward, [x], probe.weights)
         reason = difference(ours, theirs, where)
@@ -355,7 +355,7 @@ def _verify_joined(module: nn.Module, found: Any) -> str | None:
                 (fork, lambda norm, x: (norm.forward(x), x), [a]),
             ]
             for kernel, original, inputs in pairs:
-                with kernels_in(dtype, parameters):
+                with kernels_in(dtype, training_dtype(parameters)):
                     ours = Call.of(functools.partial(kernel, norm), inputs, probe.weights)
                 theirs = Call.of(functools.partial(original, norm), inputs, probe.weights)
                 reason = difference(ours, theirs, where)

@@ -91,13 +91,12 @@ def probe_dtypes(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
 
 
 @contextmanager
-def kernels_in(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, ops on parameters of dtype are kernels only if a part with these parameters may train in it.
+def kernels_in(dtype: torch.dtype, trained: torch.dtype) -> Iterator[None]:
+    """Inside, ops on tensors of dtype are kernels only if a part whose training dtype is ``trained`` may meet it.
 
-    It trains in its own dtype, and one in fp32 under autocast in others. In any other dtype a comparison is about the
-    formula, for which the torch implementations do: a kernel would be compiled for this one call.
+    That one, and for fp32 those of autocast. In any other dtype a comparison is about the formula, for which the torch
+    implementations do: a kernel would be compiled for this one call.
     """
-    trained = training_dtype(tensors)
     with nullcontext() if dtype == trained or trained.itemsize >= 4 else kernels.use_torch():
         yield
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .forwards import renamed_like
-from .probe import Call, Noise, difference, quiet
+from .probe import Call, Noise, difference, kernels_in, quiet
 
 __all__ = ["ComplexRotation", "OneAtATime", "Rotation", "bind", "identify", "signature_of", "takes_heads_and_tables"]
 
@@ -251,7 +251,8 @@ def _checked(
         tensors = _probe(device, q_dtype, head_dim, place, [(2, 5, width, table_dtype)] * 2)
         options = {} if heads_at is None else {"unsqueeze_dim": heads_at}
         theirs = Call.of(functools.partial(function, **options), tensors)
-        ours = Call.of(functools.partial(as_.kernel, unsqueeze_dim=place), tensors)
+        with kernels_in(q_dtype, dtype):
+            ours = Call.of(functools.partial(as_.kernel, unsqueeze_dim=place), tensors)
         return difference(ours, theirs, "") is None
 
     places = (None, 3 - rotation.unsqueeze_dim) if placeable else (None,)
