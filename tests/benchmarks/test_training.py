@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import report
 from harness.record import Record
 from training import headline, plots
 from training.contexts import OUT_OF_MEMORY, fits, largest, next_length
-from training.isolated import Isolated, IsolatedError
+from training.isolated import Isolated, IsolatedError, in_turn
 from training.measure_step import measurer
 from training.providers import PREFERENCE_PROVIDERS, PROVIDERS, Provider
 from training.runs import PREFERENCES, RUNS
@@ -73,6 +75,25 @@ def search(limit, **settings):
         assert length not in tried
         tried[length] = length <= limit
     return tried
+
+
+def test_the_next_process_starts_while_one_is_at_work():
+    happened: list[str] = []
+
+    class Process(Isolated):
+        def __init__(self, name):
+            self.name = name
+            happened.append(f"start {name}")
+
+        def close(self):
+            happened.append(f"close {self.name}")
+
+    with closing(in_turn(partial(Process, name) for name in "abc")) as processes:
+        assert next(processes).name == "a"
+        assert happened == ["start a", "start b"]
+        assert next(processes).name == "b"
+        assert happened[2:] == ["close a", "start c"]
+    assert sorted(happened[4:]) == ["close b", "close c"]  # also where nobody asks for the rest
 
 
 def test_search_for_the_largest_context():

@@ -211,6 +211,16 @@ def head_dtypes(dtypes: Sequence[torch.dtype]) -> Sequence[torch.dtype]:
     return [dtype for dtype in dtypes if dtype != torch.bfloat16]
 
 
+def draw_low_rank(data, rows, classes, seed, dtype, device):
+    """Hidden states and weight of an adapter's term, or of none."""
+    rank = data.draw(st.sampled_from([0, 1, 3]))
+    return [normal(n, rank, seed=seed + i, dtype=dtype, device=device) for i, n in ((2, rows), (3, classes)) if rank]
+
+
+def head_logits(hidden, weight, *term):
+    return hidden @ weight.T + (term[0] @ term[1].T if term else 0)
+
+
 @thorough
 @given(
     data=st.data(),
@@ -230,13 +240,16 @@ def test_linear_cross_entropy(data, head_dtypes, device, rows, width, classes, o
     options = {**options, "temperature": temperature}
     if options["reduction"] == "mean" and data.draw(st.booleans()):
         options["num_items"] = data.draw(st.sampled_from([1.0, 7.0]))
+    term = draw_low_rank(data, rows, classes, seed, dtype, device)
     sizes = {"tile_bytes": tile_rows * classes * dtype.itemsize}
     if data.draw(st.booleans()):
         sizes["max_valid"] = int((labels != -100).sum()) + data.draw(st.integers(0, rows - int((labels != -100).sum())))
     compare(
-        lambda h, w, b: linear_cross_entropy(h, w, labels.to(device), bias=b, **options, **sizes),
-        lambda h, w, b: reference_loss(h @ w.T + b, labels, **options),
-        [hidden, weight, bias],
+        lambda h, w, b, *term: linear_cross_entropy(
+            h, w, labels.to(device), bias=b, low_rank=term or None, **options, **sizes
+        ),
+        lambda h, w, b, *term: reference_loss(head_logits(h, w, *term) + b, labels, **options),
+        [hidden, weight, bias, *term],
         dtype,
     )
 
@@ -248,32 +261,37 @@ def test_linear_cross_entropy(data, head_dtypes, device, rows, width, classes, o
     classes=st.sampled_from([2, 5, 33, 131]),
     tile_rows=st.integers(1, 4),
     cached_rows=st.integers(0, 9),
+    least_memory=st.booleans(),
     softcap=st.sampled_from([None, 3.0]),
     seed=seeds,
 )
-def test_linear_log_probs(data, head_dtypes, device, rows, classes, tile_rows, cached_rows, softcap, seed):
+def test_linear_log_probs(
+    data, head_dtypes, device, rows, classes, tile_rows, cached_rows, least_memory, softcap, seed
+):
     dtype = data.draw(st.sampled_from(head_dtypes))
     labels = data.draw(draw_labels(rows, classes))
     hidden, weight = (normal(n, 8, seed=seed + i, dtype=dtype, device=device) for i, n in enumerate((rows, classes)))
+    term = draw_low_rank(data, rows, classes, seed, dtype, device)
     row_bytes = classes * dtype.itemsize
     valid = labels != -100
 
-    def op(h, w):
+    def op(h, w, *term):
         found = linear_log_probs(
-            h, w, labels.to(device), softcap=softcap, outputs=("entropy", "mean_logits", "log_sum_sq_probs"),
+            h, w, labels.to(device), low_rank=term or None, softcap=softcap, least_memory=least_memory,
+            outputs=("entropy", "mean_logits", "log_sum_sq_probs"),
             tile_bytes=tile_rows * row_bytes, cache_bytes=cached_rows * row_bytes,
         )  # fmt: skip
         return found.log_probs, found.entropy, found.mean_logits, found.log_sum_sq_probs
 
-    def reference(h, w):
-        z = h @ w.T
+    def reference(h, w, *term):
+        z = head_logits(h, w, *term)
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         log_p = z.log_softmax(-1)
         of_label = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
         each = (of_label, -(log_p.exp() * log_p).sum(-1), z.mean(-1), (2 * log_p).logsumexp(-1))
         return tuple(values.where(valid, 0) for values in each)
 
-    compare(op, reference, [hidden, weight], dtype)
+    compare(op, reference, [hidden, weight, *term], dtype)
 
 
 @thorough
