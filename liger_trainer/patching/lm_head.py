@@ -173,11 +173,14 @@ def _check(head: nn.Module, fused: bool) -> str | None:
             module = small if deferred else copy.deepcopy(small).double()
             leaf = hidden.to(module.weight.dtype, copy=True).requires_grad_()
             try:
-                if deferred:
-                    with DeferredProduct(module, functools.partial(_deferred, module, fused, 3 * 37 * dtype.itemsize)):
+                product = functools.partial(_deferred, module, fused, 3 * 37 * dtype.itemsize)
+                if not deferred:
+                    logits = module(leaf)
+                elif has_own_forward(head):
+                    with DeferredProduct(module, product):
                         logits = module(leaf)
                 else:
-                    logits = module(leaf)
+                    logits = product(leaf)
                 if deferred and not (isinstance(logits, DeferredLogits) and logits.cell.value is None):
                     return f"the forward of its {type(head).__name__} needs the logits' values"
                 loss = F.cross_entropy(logits.float() if deferred else logits.double(), labels)

@@ -194,7 +194,7 @@ def _evaluate(run: Run, spread: Any, outcome: Outcome, rank: int, share: int) ->
     spread.model.train()
     outputs = spread.model(**mine)
     if run.adapters != "save" or run.wrapping is None:
-        assert isinstance(outputs.logits, DeferredLogits) == run.patched
+        assert isinstance(outputs.logits, DeferredLogits) == run.patched, (type(outputs.logits), run)
     with torch.no_grad():
         outcome.read_in_training = (outputs.logits + 0).float().cpu()
     spread.backward(outputs.loss)
