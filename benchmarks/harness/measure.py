@@ -25,6 +25,7 @@ __all__ = [
     "event_times",
     "free_memory",
     "host_time",
+    "memory_bytes",
     "peak_memory",
     "synchronize",
 ]
@@ -82,6 +83,11 @@ def cache_bytes(device: torch.device) -> int:
         return 0
     properties = torch.get_device_module(device).get_device_properties(device)
     return getattr(properties, "L2_cache_size", 0) or 64 * 2**20
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Bytes of the device's memory; None for the CPU. Asking makes the process one that uses the device."""
+    return None if device.type == "cpu" else torch.get_device_module(device).mem_get_info(device)[1]
 
 
 def _time_each(

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.measure import current_device, free_memory, synchronize
+from harness.measure import current_device, free_memory, memory_bytes, synchronize
 from harness.record import device_name, versions
 from training.contexts import OUT_OF_MEMORY
 from training.sharded_shapes import SHAPES
@@ -212,7 +212,7 @@ def result(run: Run, length: int, device: torch.device, times: list[float], loss
         "peak_bytes": over_ranks(peak, device, dist.ReduceOp.MAX) or None,
         "losses": losses[:LOSSES],
         "collectives": None,
-        "capacity_bytes": None if device.type == "cpu" else torch.get_device_module(device).mem_get_info()[1],
+        "capacity_bytes": memory_bytes(device),
         "device": device_name(device),
         "versions": versions(),
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from harness.measure import Band, current_device, free_memory, synchronize
+from harness.measure import Band, current_device, free_memory, memory_bytes, synchronize
 from harness.record import device_name
 
 from .isolated import Isolated
@@ -40,7 +40,7 @@ def memory_of(device: torch.device, limit_bytes: int | None) -> int | None:
     if limit_bytes is not None:
         limit_memory(limit_bytes, device)
         return limit_bytes
-    return None if device.type == "cpu" else torch.get_device_module(device).mem_get_info()[1]
+    return memory_bytes(device)
 
 
 def limit_memory(n_bytes: int, device: torch.device) -> None:
