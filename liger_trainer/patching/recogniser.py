@@ -47,7 +47,8 @@ class Replacement(Protocol):
         path: its name in ``model.named_modules()``; empty for the model itself. At most one replacement per path.
         class_name: the class of the original.
         kernel: what serves instead, in words, as ``"swiglu"``.
-        checked: the dtypes in which the kernel was compared with the original; none where it was not.
+        checked: the dtypes in which the replacement was compared with the original, as a kernel in those of training,
+            else by its torch implementation; none where it was not.
         trial: what shows the memory that is saved, for a batch size and a length; or None.
         verify: compares them again, on the device where the part is by then; returns how they differ, or None.
     """
@@ -105,7 +106,8 @@ class ClassSwap:
         module: the part.
         make_members: returns the members of the subclass by name; called by ``apply``. Equal formulas must give
             identical objects (cache the factory), since a subclass is shared by all modules with equal members.
-        checked: the dtypes in which the kernel was compared with the original.
+        checked: the dtypes in which the replacement was compared with the original, as a kernel in those of training,
+            else by its torch implementation.
         verify: compares kernel and original again, where the part is by then, and says how they differ if they do.
         trial: makes, for a batch size and a length, what shows the memory that the replacement saves; see
             :class:`liger_trainer.patching.memory.Trial`.
