@@ -22,11 +22,14 @@ _MOST_NUMBERS = 4096
 _INT32 = range(-(2**31), 2**31)
 
 
-def _specialized(argument: Any) -> Any:
-    """What Triton compiles for of an integer: whether it is 1, a multiple of 16, and longer than 32 bits."""
+def _specialized(argument: Any, parameter: Any) -> Any:
+    """What Triton compiles for of an integer: whether it is 1, a multiple of 16, and longer than 32 bits.
+
+    Of a parameter named in ``do_not_specialize`` it is only whether it is longer.
+    """
     if argument.__class__ is not int:
         return argument
-    kind = 1 if argument == 1 else 0 if argument % 16 else 16
+    kind = 0 if parameter.do_not_specialize else 1 if argument == 1 else 0 if argument % 16 else 16
     return kind if argument in _INT32 else ~kind
 
 
@@ -74,7 +77,7 @@ def launch(
         return
     compiled = _of_numbers.get(exact := tuple(key))
     if compiled is None:
-        found = (*exact[:4], *map(_specialized, exact[4:]))
+        found = (*exact[:4], *map(_specialized, exact[4:], kernel.params))
         compiled = _compiled.get(found)
         if compiled is None:
             _compiled[found] = kernel[grid](*arguments, *constants, num_warps=num_warps)

@@ -34,6 +34,7 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
     allocated: list[int] = field(default_factory=list)  # bytes between steps
     compiled: list[int] = field(default_factory=list)  # kernels so far
+    kernels: list[str] = field(default_factory=list)  # of what, in the order of their compilation
     parameters: list[Tensor] = field(default_factory=list)
 
 
@@ -53,9 +54,10 @@ def run(steps: int, device: torch.device, show_progress: bool) -> Outcome:
     torch.use_deterministic_algorithms(True, warn_only=True)  # the embedding's gradient, which is PyTorch's
     torch.manual_seed(0)
     gc.freeze()  # the collections to come need not look at what the imports left
+    # The fused attentions may add their gradients up in another order each time.
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=LONGEST,
+        num_key_value_heads=4, max_position_embeddings=LONGEST, attn_implementation="eager",
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
     apply_liger_kernel(model)
@@ -82,6 +84,7 @@ def run(steps: int, device: torch.device, show_progress: bool) -> Outcome:
             gc.collect()
             outcome.allocated.append(torch.cuda.memory_allocated() if device.type == "cuda" else 0)
             outcome.compiled.append(len(_launch._compiled))
+    outcome.kernels = [f"{key[0].__name__} for {key[3:]}" for key in _launch._compiled]
     outcome.losses = torch.stack(losses).tolist()
     outcome.parameters = [parameter.detach().cpu() for parameter in model.parameters()]
     return outcome
@@ -110,6 +113,8 @@ def main() -> int:
     }
     for name, passed in checks.items():
         print(f"{'ok' if passed else 'FAILED':<7}{name}")
+    for kernel in first.kernels[first.compiled[settled] :]:
+        print(f"       compiled late: {kernel}")
     print(f"{2 * asked.steps} steps on {device} in {time.perf_counter() - start:.0f} s")
     return not all(checks.values())
 
