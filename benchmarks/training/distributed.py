@@ -1,58 +1,53 @@
 """Training steps on several GPUs of one host: strategies × providers × contexts, each group of processes by itself.
 
+The processes of the next run import what they need while a run measures.
+
     python benchmarks/training/distributed.py --preset methods --gpus 2
     python benchmarks/training/distributed.py --preset scaling --gpus 4
     python benchmarks/training/distributed.py --preset headline --gpus 8
 
-``methods``: Llama-3.2-1B, every strategy, plain loop, Trainer and DPO. ``scaling``: FSDP2 on 1, 2, 4 ... GPUs at fixed
-work a GPU. ``headline``: Llama-3-8B, batch 8 a GPU, layers recomputed, FSDP1, FSDP2 and ZeRO-3, contexts 1k to 16k, the
-largest context of each, and half of the GPUs for the efficiency. What --results, or else benchmarks/results, holds
-already for this device and these versions is not measured again, so that a sweep can be spread over several calls: give
-each ``--minutes``, and put its files where the next one finds them. ``--dry-run`` makes everything tiny, for a CPU and
-gloo.
+``methods``: Llama-3.2-1B, every strategy, through Trainer and DPOTrainer, then in a plain loop. ``scaling``: FSDP2 on 1,
+2, 4 ... GPUs at fixed work a GPU. ``headline``: Llama-3-8B, batch 8 a GPU, layers recomputed, FSDP1, FSDP2 and ZeRO-3,
+contexts 1k to 16k, the largest context of each, and half of the GPUs for the efficiency. What --results, or else
+benchmarks/results, holds already for this device and these versions is not measured again, so that a sweep can be
+spread over several calls: give each ``--minutes``, and put its files where the next one finds them. ``--dry-run`` makes
+everything tiny, for a CPU and gloo.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
-import psutil
-
 from harness.record import Record, Row, key
 from training.contexts import OUT_OF_MEMORY, next_length
-from training.distributed_worker import Run, as_json
+from training.distributed_group import OUT_OF_TIME, Group, Measured
+from training.distributed_worker import Run
+from training.isolated import in_turn
 
-__all__ = ["PRESETS", "Launch", "Sweep", "launch"]
+__all__ = ["PRESETS", "Sweep"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-WORKER = Path(__file__).with_name("distributed_worker.py")
-STRATEGIES = ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
+STRATEGIES = ("fsdp2", "ddp", "zero3", "fsdp1", "zero2")
 PROVIDERS = ("hf", "liger-kernel", "ours")
 GRANULARITY = 1024  # tokens, of the largest context
-LEAST_SECONDS = 45  # for which it is worth to start processes
-
-Launch = Callable[[Run, float], tuple[dict[int, Row], str | None]]
+LEAST_SECONDS = 25  # for which it is worth to begin a run
 
 
 def methods(gpus: int) -> Iterator[Run]:
     base = Run("llama-3.2-1b", "hf", "sft", "ddp", gpus, 4, (4096,), False, False)
-    for strategy in STRATEGIES:
-        for provider in PROVIDERS:
-            yield replace(base, strategy=strategy, provider=provider)
     for strategy in STRATEGIES:
         for provider in PROVIDERS:
             yield replace(base, strategy=strategy, provider=provider, trainer=True)
@@ -60,6 +55,9 @@ def methods(gpus: int) -> Iterator[Run]:
             yield replace(
                 base, strategy=strategy, provider=provider, trainer=True, task="dpo", batch=2, lengths=(2048,)
             )
+    for strategy in STRATEGIES:
+        for provider in PROVIDERS:
+            yield replace(base, strategy=strategy, provider=provider)
 
 
 def scaling(gpus: int) -> Iterator[Run]:
@@ -94,58 +92,12 @@ def tiny(run: Run) -> Run:
     return replace(run, model="tiny", batch=2, lengths=lengths, warmup=1, steps=2, seconds=20.0)
 
 
-def launch(run: Run, seconds: float) -> tuple[dict[int, Row], str | None]:
-    """Run a group of processes; (rows by length, what ended it before all lengths were measured or None).
+class Processes(Protocol):
+    """What a sweep needs of :class:`Group`."""
 
-    The error is "out of time" where ``seconds`` were over. Whatever happens, all of its processes are gone afterwards.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.gpus}"]
-        log = folder / "log"
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [*command, str(WORKER), as_json(run), name],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-            try:
-                process.wait(seconds)
-                error = None
-            except subprocess.TimeoutExpired:
-                error = "out of time"
-            finally:
-                end(process)
-        rows = {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
-        reasons = [path.read_text() for path in sorted(folder.glob("error*.txt"))]
-        if len(rows) == len(run.lengths):
-            return rows, None
-        if OUT_OF_MEMORY in reasons:
-            return rows, OUT_OF_MEMORY
-        lines = log.read_text().strip().splitlines() or ["no output"]
-        return rows, error or (reasons[0] if reasons else lines[-1])
+    def measure(self, lengths: Sequence[int], seconds: float) -> Measured: ...
 
-
-def end(process: subprocess.Popen[Any]) -> None:
-    """End torchrun, where it still runs, and the processes that it has started, each in a session of its own."""
-    try:
-        started = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        started = []
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for each in started:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    psutil.wait_procs(started, timeout=10)
+    def close(self) -> None: ...
 
 
 class Sweep:
@@ -157,7 +109,7 @@ class Sweep:
         device: str,
         seconds: float,
         *,
-        start: Launch = launch,
+        start: Callable[[Run], Processes] = Group,
         longest: int = 2**20,
         granularity: int = GRANULARITY,
         show: Callable[[str], None] = lambda text: print(text, flush=True),
@@ -190,21 +142,26 @@ class Sweep:
     def measure(self, runs: Sequence[Run]) -> bool:
         """Whether everything is measured; False when the time was over before."""
         complete = True
-        for number, run in enumerate(runs, 1):
-            what = f"[{number}/{len(runs)}] {run.model} {run.task} {run.strategy} on {run.gpus}, {run.provider}"
-            what += ", trainer" if run.trainer else ""
-            complete &= self.search(run, what) if run.probe else self.lengths(run, what)
+        missing = [tuple(length for length in run.lengths if self.found(run, length) is None) for run in runs]
+        starts = (partial(self.start, run) for run, lengths in zip(runs, missing, strict=True) if lengths)
+        with closing(in_turn(starts)) as groups:
+            for number, (run, lengths) in enumerate(zip(runs, missing, strict=True), 1):
+                what = f"[{number}/{len(runs)}] {run.model} {run.task} {run.strategy} on {run.gpus}, {run.provider}"
+                what += ", trainer" if run.trainer else ""
+                complete &= self.search(run, what) if run.probe else self.lengths(run, what, lengths, groups)
         return complete
 
-    def lengths(self, run: Run, what: str) -> bool:
-        missing = tuple(length for length in run.lengths if self.found(run, length) is None)
+    def lengths(self, run: Run, what: str, missing: tuple[int, ...], groups: Iterator[Processes]) -> bool:
         if not missing:
             self.show(f"{what}: on file")
             return True
         if self.left < LEAST_SECONDS:
-            self.show(f"{what}: not started, {self.left:.0f} s are left")
+            self.show(f"{what}: not begun, {self.left:.0f} s are left")
             return False
-        rows, error = self.start(replace(run, lengths=missing), self.left)
+        group = next(groups)
+        began = time.monotonic()
+        rows, error = group.measure(missing, self.left)
+        self.show(f"{what}: took {time.monotonic() - began:.1f} s")
         for length in missing:
             if length in rows:
                 self.add(run, rows[length])
@@ -213,8 +170,8 @@ class Sweep:
                     f"{what}, {length}: {rows[length]['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU"
                     + ("" if peak is None else f", {peak / 1e9:.1f} GB")
                 )
-            elif error == "out of time":
-                self.show(f"{what}, {length}: out of time")
+            elif error == OUT_OF_TIME:
+                self.show(f"{what}, {length}: {error}")
                 return False
             else:
                 self.show(f"{what}, {length}: {error}")
@@ -224,7 +181,7 @@ class Sweep:
         return True
 
     def search(self, run: Run, what: str) -> bool:
-        """Find the largest context by launches of two steps; what was tried is kept in the row from call to call."""
+        """Find the largest context by groups that do two steps; what was tried is kept in the row from call to call."""
         row = self.found(run, 0) or failed(run, 0, None) | {"probes": {}, "largest_length": None}
         if row["largest_length"] is not None:
             self.show(f"{what}: largest context on file")
@@ -240,25 +197,29 @@ class Sweep:
             elif same and other["error"] == OUT_OF_MEMORY:
                 probes[other["shape"]["length"]] = False
         step = self.granularity
-        while (length := next_length(probes, step, step, 0.0, self.longest, peaks, capacity)) is not None:
-            if self.left < LEAST_SECONDS:
-                self.show(f"{what}: largest context not finished, {self.left:.0f} s are left")
-                return False
-            rows, error = self.start(replace(run, lengths=(length,)), self.left)
-            if error not in (None, OUT_OF_MEMORY):
-                self.show(f"{what}: {length}: {error}")
-                if error == "out of time":
+        with closing(in_turn(repeat(partial(self.start, run)))) as groups:
+            while (length := next_length(probes, step, step, 0.0, self.longest, peaks, capacity)) is not None:
+                if self.left < LEAST_SECONDS:
+                    self.show(f"{what}: largest context not finished, {self.left:.0f} s are left")
                     return False
-                self.add(run, row | {"error": error, "largest_length": 0})
-                return True
-            probes[length] = error is None
-            if error is None:
-                peak, capacity = rows[length]["peak_bytes"], rows[length].get("capacity_bytes")
-                if peak is not None:
-                    peaks[length] = peak
-            self.show(f"{what}: {length} tokens {'fit' if error is None else 'do not fit'}")
-            row = row | {"probes": {str(each): fits for each, fits in sorted(probes.items())}}
-            self.add(run, row | {"capacity_bytes": capacity})
+                group = next(groups)
+                began = time.monotonic()
+                rows, error = group.measure((length,), self.left)
+                took = f"[{time.monotonic() - began:.1f} s]"
+                if error not in (None, OUT_OF_MEMORY):
+                    self.show(f"{what}: {length}: {error} {took}")
+                    if error == OUT_OF_TIME:
+                        return False
+                    self.add(run, row | {"error": error, "largest_length": 0})
+                    return True
+                probes[length] = error is None
+                if error is None:
+                    peak, capacity = rows[length]["peak_bytes"], rows[length].get("capacity_bytes")
+                    if peak is not None:
+                        peaks[length] = peak
+                self.show(f"{what}: {length} tokens {'fit' if error is None else 'do not fit'} {took}")
+                row = row | {"probes": {str(each): fits for each, fits in sorted(probes.items())}}
+                self.add(run, row | {"capacity_bytes": capacity})
         largest = max((each for each, fits in probes.items() if fits), default=0)
         self.add(run, row | {"largest_length": largest, "capacity_bytes": capacity})
         return True

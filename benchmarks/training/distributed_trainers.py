@@ -75,16 +75,32 @@ def common_arguments(run: Run, device: torch.device, folder: str, steps: int) ->
     }
 
 
+def classes(run: Run) -> tuple[Any, Any]:
+    """(trainer, arguments) of the run's task and provider."""
+    if run.task == "dpo":
+        if run.provider == "ours":
+            from liger_trainer.trl import LigerDPOConfig, LigerDPOTrainer
+
+            return LigerDPOTrainer, LigerDPOConfig
+        from trl import DPOConfig, DPOTrainer
+
+        return DPOTrainer, DPOConfig
+    if run.provider == "ours":
+        from liger_trainer import LigerTrainer, TrainingArguments
+
+        return LigerTrainer, TrainingArguments
+    return transformers.Trainer, transformers.TrainingArguments
+
+
 def sft_trainer(run: Run, device: torch.device, model: Any, arguments: dict[str, Any], length: int) -> Any:
     count = arguments["max_steps"] * run.batch * dist.get_world_size()
     generator = torch.Generator().manual_seed(1000 * length)
     ids = torch.randint(SHAPES[run.model].vocab_size, (count, length), generator=generator)
     data = [{"input_ids": row, "labels": row} for row in ids]
+    trainer, make_arguments = classes(run)
     if run.provider == "ours":
-        from liger_trainer import LigerTrainer, TrainingArguments
-
-        return LigerTrainer(model, TrainingArguments(**arguments, use_liger=True), train_dataset=data)
-    return transformers.Trainer(model, transformers.TrainingArguments(**arguments), train_dataset=data)
+        arguments = arguments | {"use_liger": True}
+    return trainer(model, make_arguments(**arguments), train_dataset=data)
 
 
 def dpo_trainer(run: Run, device: torch.device, model: Any, arguments: dict[str, Any], length: int) -> Any:
@@ -107,13 +123,8 @@ def dpo_trainer(run: Run, device: torch.device, model: Any, arguments: dict[str,
     arguments = arguments | {"max_length": length}
     options: dict[str, Any] = {"processing_class": tokenizer(n_words), "train_dataset": Dataset.from_list(rows)}
     options["ref_model"] = build_model(run, device, length)
-    if run.provider == "ours":
-        from liger_trainer.trl import LigerDPOConfig, LigerDPOTrainer
-
-        return LigerDPOTrainer(model, args=LigerDPOConfig(**arguments), **options)
-    from trl import DPOConfig, DPOTrainer
-
-    return DPOTrainer(model, args=DPOConfig(**arguments), **options)
+    trainer, make_config = classes(run)
+    return trainer(model, args=make_config(**arguments), **options)
 
 
 def engaged(trainer: Any, run: Run) -> bool:

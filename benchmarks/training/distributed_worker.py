@@ -1,13 +1,15 @@
 """One rank of the many-GPU benchmark; started by distributed.py through torchrun, not by hand.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/training/distributed_worker.py REQUEST FOLDER
+    torchrun --standalone --nproc-per-node 2 benchmarks/training/distributed_worker.py REQUEST FOLDER STARTER
 
-REQUEST is a :class:`Run` as JSON. Each length's result goes to FOLDER as soon as it is there, so that one that runs out
-of memory takes nothing but itself and what comes after it along.
+REQUEST is a :class:`Run` as JSON. It imports, and waits for the file FOLDER/go with the lengths to measure, or until
+the process STARTER, of which torchrun is a child, is gone. Each length's result goes to FOLDER as soon as it is there,
+so that one that runs out of memory takes nothing but itself and what comes after it along.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import statistics
@@ -15,12 +17,13 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,8 +33,10 @@ from harness.record import device_name, versions
 from training.contexts import OUT_OF_MEMORY
 from training.sharded_shapes import SHAPES
 
-__all__ = ["LOSSES", "Run"]
+__all__ = ["GO", "LOSSES", "Run", "as_json", "import_for"]
 
+GO = "go"  # the file that a group waits for
+POLL_SECONDS = 0.05
 LOSSES = 10  # of the first steps, which are compared between providers
 COLLECTIVES = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
 
@@ -231,15 +236,41 @@ def measure_loop(run: Run, device: torch.device, write: Any) -> None:
         free_memory(device)
 
 
+def import_for(run: Run) -> None:
+    """Import whatever measuring the run will, and use no device."""
+    names = ["transformers.models.llama.modeling_llama", "torch._dynamo"]  # the latter for optimizers
+    if run.provider == "liger-kernel":
+        names.append("liger_kernel.transformers")
+    if run.provider == "ours":
+        names += ["liger_trainer.patching", "liger_trainer.trainer"]
+    if run.strategy.startswith("zero"):
+        names.append("deepspeed")
+    if run.trainer:
+        names.append("training.distributed_trainers")
+    if run.task == "dpo":
+        names.append("training.trl_loss")
+    for name in names:
+        importlib.import_module(name)
+    if run.trainer:
+        from training.distributed_trainers import classes
+
+        classes(run)
+
+
+def wait_for_turn(folder: Path, starter: int) -> tuple[int, ...] | None:
+    """The lengths to measure, or None where torchrun, or who has started it, is gone."""
+    torchrun = psutil.Process(os.getppid())
+    while not (folder / GO).exists():
+        if os.getppid() != torchrun.pid or torchrun.ppid() != starter:
+            return None
+        time.sleep(POLL_SECONDS)
+    return tuple(json.loads((folder / GO).read_text()))
+
+
 def main() -> None:
-    request = json.loads(sys.argv[1])
-    run = Run(**request | {"lengths": tuple(request["lengths"])})
-    folder = Path(sys.argv[2])
+    run = Run(**json.loads(sys.argv[1]))
+    folder, starter = Path(sys.argv[2]), int(sys.argv[3])
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    device = current_device()
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(local_rank)
-        device = torch.device(device.type, local_rank)
 
     def write(length: int, row: dict[str, Any]) -> None:
         if rank == 0:
@@ -248,6 +279,15 @@ def main() -> None:
             path.with_suffix(".tmp").replace(path)
 
     try:
+        import_for(run)
+        lengths = wait_for_turn(folder, starter)
+        if lengths is None:
+            return
+        run = replace(run, lengths=lengths)
+        device = current_device()
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(local_rank)
+            device = torch.device(device.type, local_rank)
         dist.init_process_group(None if device.type == "cpu" else "nccl" if device.type == "cuda" else None)
         if run.trainer:
             from training.distributed_trainers import measure_trainer

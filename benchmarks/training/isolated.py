@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 __all__ = ["Isolated", "IsolatedError", "in_turn"]
 
@@ -126,14 +127,21 @@ class Isolated:
         self.close()
 
 
-def in_turn(starts: Iterable[Callable[[], Isolated]]) -> Iterator[Isolated]:
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Process = TypeVar("Process", bound=Closable)
+
+
+def in_turn(starts: Iterable[Callable[[], Process]]) -> Iterator[Process]:
     """The processes one after the other, each started while the one before it is at work, and closed after its turn."""
-    waiting: Isolated | None = None
+    waiting: Process | None = None
     try:
         for start in starts:
             current, waiting = waiting, start()
             if current is not None:
-                with current:
+                with closing(current):
                     yield current
         if waiting is not None:
             yield waiting
