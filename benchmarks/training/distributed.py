@@ -6,10 +6,10 @@ The processes of the next run import what they need while a run measures.
     python benchmarks/training/distributed.py --preset scaling --gpus 4
     python benchmarks/training/distributed.py --preset headline --gpus 8
 
-``methods``: Llama-3.2-1B, every strategy, through Trainer and DPOTrainer, then in a plain loop. ``scaling``: FSDP2 on 1,
-2, 4 ... GPUs at fixed work a GPU. ``headline``: Llama-3-8B, batch 8 a GPU, layers recomputed, FSDP1, FSDP2 and ZeRO-3,
-contexts 1k to 16k, the largest context of each, and half of the GPUs for the efficiency. What --results, or else
-benchmarks/results, holds already for this device and these versions is not measured again, so that a sweep can be
+``methods``: Llama-3.2-1B, every strategy, through Trainer and DPOTrainer, then in a plain loop. ``scaling``: FSDP2 on
+1, 2, 4 ... GPUs at fixed work a GPU. ``headline``: Llama-3-8B, batch 8 a GPU, layers recomputed, FSDP1, FSDP2 and
+ZeRO-3, contexts 1k to 16k, the largest context of each, and half of the GPUs for the efficiency. What --results, or
+else benchmarks/results, holds already for this device and these versions is not measured again, so that a sweep can be
 spread over several calls: give each ``--minutes``, and put its files where the next one finds them. ``--dry-run`` makes
 everything tiny, for a CPU and gloo.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -285,4 +286,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception, which ends what it started
     sys.exit(main())

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 
 from harness.record import Row
 from training.contexts import OUT_OF_MEMORY
-from training.distributed_worker import GO, Run, as_json
+from training.distributed_worker import GO, POLL_SECONDS, Run, as_json
 
 __all__ = ["OUT_OF_TIME", "Group", "Measured"]
 
@@ -54,11 +55,16 @@ class Group:
         folder = Path(self._folder.name)
         (folder / "lengths").write_text(json.dumps(lengths))
         (folder / "lengths").rename(folder / GO)  # whole at once
+        rows_at = [folder / f"{length}.json" for length in lengths]
+        until = time.monotonic() + seconds
         error = None
         try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            error = OUT_OF_TIME
+            # Once the last row is there, nothing that processes do on their way out is worth waiting for.
+            while self._process.poll() is None and not all(path.exists() for path in rows_at):
+                if time.monotonic() > until:
+                    error = OUT_OF_TIME
+                    break
+                time.sleep(POLL_SECONDS)
         finally:
             end(self._process)
         rows = {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -78,18 +84,23 @@ class Group:
 
 def end(process: subprocess.Popen[Any]) -> None:
     """End torchrun, where it still runs, and the processes that it has started, each in a session of its own."""
-    try:
-        started = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        started = []
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for each in started:
+    if process.poll() is not None:
+        return
+    torchrun = psutil.Process(process.pid)
+    torchrun.suspend()  # so that it starts no more of them
+    started = torchrun.children(recursive=True)
+    for each in (*started, torchrun):
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
-    psutil.wait_procs(started, timeout=10)
+    process.wait()
+    until = time.monotonic() + 10
+    while not all(map(ended, started)) and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+
+
+def ended(process: psutil.Process) -> bool:
+    """Whether it holds nothing any more; a container's first process may never collect its exit status."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
