@@ -51,7 +51,9 @@ def workers(folder: Path, count: int) -> list[psutil.Process]:
 def folders(tmp_path, monkeypatch):
     """Where groups have their folders, by which their processes are known."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    for each in processes_of(tmp_path):  # of a test that has failed
+        each.kill()
 
 
 def test_two_processes_and_the_same_losses_and_collectives(folders):
