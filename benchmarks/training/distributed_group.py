@@ -101,6 +101,7 @@ def end(process: subprocess.Popen[Any]) -> None:
 def ended(process: psutil.Process) -> bool:
     """Whether it holds nothing any more; a container's first process may never collect its exit status."""
     try:
-        return process.status() == psutil.STATUS_ZOMBIE
+        # Its first thread may be through while others still give the device back.
+        return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
     except psutil.NoSuchProcess:
         return True
