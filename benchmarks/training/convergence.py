@@ -16,7 +16,7 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -43,9 +43,14 @@ def trainer_of(training: Training) -> Callable[[None], dict[str, list[float]]]:
     return lambda _: curves(training)
 
 
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Those that have ended well, by seed: the others are held against the stock trainer's first."""
+    return sorted((row for row in rows if row["error"] is None), key=lambda row: row["shape"]["seed"])
+
+
 def verdicts(rows: Sequence[Row], window: int) -> Iterator[tuple[str, str, Verdict]]:
     """Provider, curve and verdict of every run of one task that isn't the stock trainer's."""
-    good = [row for row in rows if row["error"] is None]
+    good = in_order(rows)
     stock = [row["curves"] for row in good if row["provider"] == "hf"]
     if len(stock) < 2:
         return
@@ -57,7 +62,7 @@ def verdicts(rows: Sequence[Row], window: int) -> Iterator[tuple[str, str, Verdi
 
 def draw(record: Record, task: str, window: int, path: Path) -> Path | None:
     """Each curve of a task with the stock trainer's band, and below it the distance from the twin of the same seed."""
-    rows = [row for row in record.rows if row["shape"]["task"] == task and row["error"] is None]
+    rows = in_order(row for row in record.rows if row["shape"]["task"] == task)
     stock = [row["curves"] for row in rows if row["provider"] == "hf"]
     if len(stock) < 2:
         return None

@@ -61,13 +61,23 @@ RUNS: dict[str, Run] = {
     ),
     # For the sweep over contexts: one sequence.
     "llama-1b-context": Run("Llama-3.2-1B, one sequence", LLAMA_1B),
+    # Checkpointing is what TRL's configs default to.
     **{
-        f"{name}-{task}": Run(f"{title} {label}, 8 pairs × {length}", shape, task, 8, length, ignored=0.25)
+        f"{name}-{task}{'-checkpointing' if again else ''}": Run(
+            f"{title} {label}, 8 pairs × {length}{', checkpointing' if again else ''}",
+            shape,
+            task,
+            8,
+            length,
+            ignored=0.25,
+            checkpointing=again,
+        )
+        for again in (False, True)
         for name, title, shape, length in (
             ("qwen3-0.6b", "Qwen3-0.6B", QWEN, 2048),
             ("llama-1b", "Llama-3.2-1B", LLAMA_1B, 1024),
         )
         for task, label in zip(PREFERENCES, ("DPO", "ORPO", "SimPO"), strict=True)
     },
-    **{f"family-{name}": Run(f"{name}, 2 × 4096", shape, batch=2) for name, shape in FAMILIES.items()},
+    **{f"family-{name}": Run(f"{title}, 2 × 4096", shape, batch=2) for name, (title, shape) in FAMILIES.items()},
 }

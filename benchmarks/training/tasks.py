@@ -148,6 +148,7 @@ def make_trainer(training: Training, output: str) -> Any:
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, training.steps // 20),
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # which would log a NaN as 0
         "save_strategy": "no",
         "report_to": [],
         "seed": training.seed,

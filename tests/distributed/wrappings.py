@@ -133,7 +133,8 @@ class Fsdp1(Plain):
             use_orig_params=wrapping.original_parameters,
             device_id=device(),
         )
-        self.original_parameters = wrapping.original_parameters
+        # FSDP1 shows gradients of original parameters alone, and gathers none from a CPU for an accelerator.
+        self.shows_gradients = wrapping.original_parameters and not (wrapping.cpu_offload and device().type != "cpu")
         wrapped = FullyShardedDataParallel.fsdp_modules(self.model)
         assert len(wrapped) == 1 + len(units), [type(each.module).__name__ for each in wrapped]
         whole = sum(parameter.numel() for parameter in self.parameters().values())
@@ -148,7 +149,7 @@ class Fsdp1(Plain):
             yield
 
     def gradients(self) -> dict[str, Tensor]:
-        if not self.original_parameters:  # FSDP1 can't show them
+        if not self.shows_gradients:
             return {}
         with self._whole(with_grads=True, writeback=False):
             return {_name(name): value for name, value in super().gradients().items()}
