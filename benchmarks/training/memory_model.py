@@ -20,6 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
 from training.contexts import next_length
+from training.runs import RUNS
+from training.shapes import SHAPES as MODELS
 from training.sharded_shapes import SHAPES, LlamaShape
 
 __all__ = ["Setting", "measured", "page", "peak_bytes"]
@@ -110,7 +112,9 @@ def peak_bytes(setting: Setting) -> int:
     at_loss = held + gathered_root + kept + loss_bytes(setting)
     # In the last layer's backward: what was computed again for it, gradients of gate, up and the residual stream.
     again = setting.tokens * layer_bytes(setting) if setting.checkpointing else 0
-    flowing = setting.tokens * 2 * (2 * shape.intermediate_size + 2 * shape.hidden_size)
+    # Liger-Kernel writes the gradients of gate and up over them, while that of their product is there.
+    of_mlp = 1 if setting.provider == "liger-kernel" else 2
+    flowing = setting.tokens * 2 * (of_mlp * shape.intermediate_size + 2 * shape.hidden_size)
     first_gradients = whole_gradients if gradients > 1 else 2 * shape.root_parameters
     in_layer = held + gathered_root + gathered_layers + kept - ends + again + flowing + first_gradients
     at_update = held + kept_gradients
@@ -133,6 +137,15 @@ def measured(folder: Path = RESULTS) -> Iterator[tuple[str, Setting, float]]:
                         length=settings["length"],
                     )
                     yield path.name, setting, row["peak_gb"] * 1e9
+        elif benchmark == "training_steps":
+            for row in record["rows"]:
+                run = RUNS[row["shape"]["run"]]
+                name = next((name for name, shape in MODELS.items() if shape is run.shape and name in SHAPES), None)
+                plain = run.task == "sft" and not run.lora_rank and not run.ignored and row["provider"] in PROVIDERS
+                if plain and name is not None and row.get("peak_bytes"):
+                    size = {"batch": row["shape"]["batch"], "length": row["shape"]["length"]}
+                    setting = Setting(SHAPES[name], row["provider"], **size, checkpointing=run.checkpointing)
+                    yield path.name, setting, float(row["peak_bytes"])
         elif benchmark.startswith("distributed_"):
             for row in record["rows"]:
                 shape = row["shape"]
@@ -140,7 +153,8 @@ def measured(folder: Path = RESULTS) -> Iterator[tuple[str, Setting, float]]:
                     row["provider"] in PROVIDERS
                     and row.get("peak_bytes")
                     and shape["task"] == "sft"
-                    and not shape["trainer"]
+                    # Under sharding, accelerate's Trainer makes choices of its own: fp32 weights, buckets.
+                    and (not shape["trainer"] or shape["strategy"] == "ddp")
                 )
                 if covered and shape["model"] != "tiny":
                     setting = Setting(
