@@ -16,7 +16,7 @@ from torch import nn
 
 from .._environment import disabled
 from .._logging import logger
-from . import class_swap, experts, gelu, lm_head, mlp, norm, recompute, residual, rotary
+from . import class_swap, experts, gelu, lm_head, lora, mlp, norm, recompute, residual, rotary
 from .memory import bytes_saved
 from .options import Options
 from .recogniser import Recogniser, Replacement, Skip, apply_all
@@ -24,7 +24,7 @@ from .report import LeftAlone, Replaced, Report, dtype_names
 
 __all__ = ["RECOGNISERS", "apply_liger_kernel", "is_patched", "plan", "revert"]
 
-RECOGNISERS: list[Recogniser] = [norm, mlp, gelu, experts, rotary, lm_head, recompute]
+RECOGNISERS: list[Recogniser] = [norm, mlp, gelu, experts, rotary, lora, lm_head, recompute]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class Options:
         mlp: gated MLPs (SwiGLU, GEGLU).
         gelu: GELUs that are computed in several operations, by PyTorch's one.
         experts: the gates of a mixture's experts.
+        lora: the addition of an adapter's product to the output of its frozen layer, for peft's LoRA layers.
         fused_add_rms_norm: the residual addition before an RMS norm, in one kernel with it; needs ``rms_norm``.
         cross_entropy: the loss on materialised logits. Excludes ``fused_linear_cross_entropy``.
         fused_linear_cross_entropy: LM head and loss as one op, which keeps no logits.
@@ -37,6 +38,7 @@ class Options:
     mlp: bool = True
     gelu: bool = True
     experts: bool = True
+    lora: bool = False
     fused_add_rms_norm: bool = True
     cross_entropy: bool = False
     fused_linear_cross_entropy: bool = True
