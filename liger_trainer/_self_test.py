@@ -136,14 +136,20 @@ def _cases() -> list[_Case]:
             lambda t: k.linear_log_probs(t["hidden"], t["weight"], t["labels"], outputs=outputs, tile_bytes=tile),
             head,
         ),
+        # Sums: the gradients of a mean over so many tokens and classes would be fp16's subnormal numbers.
         _Case(
             "linear_jsd",
             lambda t: k.linear_jsd(
-                t["hidden"], t["weight"], t["teacher_hidden"], t["teacher_weight"], labels=t["labels"], tile_bytes=tile
+                t["hidden"],
+                t["weight"],
+                t["teacher_hidden"],
+                t["teacher_weight"],
+                labels=t["labels"],
+                reduction="sum",
+                tile_bytes=tile,
             ),
             distilled,
         ),
-        # A sum: the gradients of a mean over so many tokens and classes would be fp16's subnormal numbers.
         _Case("jsd", lambda t: k.jsd(t["student"], t["teacher"], labels=t["labels"], reduction="sum"), logits),
         # Any numbers will do for log-probabilities, whose sum the op does not look at.
         _Case("kl_div", lambda t: k.kl_div(t["student"], t["teacher"], reduction="sum", log_target=True), logits),
