@@ -23,12 +23,21 @@ def wide_tensors(vocabulary: int, *, rows: int, hidden_size: int) -> Iterator[li
     found: list[tuple[str, tuple[int, ...]]] = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         yield found
+    found += wide_in(profile, vocabulary, rows=rows, hidden_size=hidden_size)
+
+
+def wide_in(
+    profile: torch.profiler.profile, vocabulary: int, *, rows: int, hidden_size: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """What :func:`wide_tensors` collects, of a profile with ``record_shapes`` that is over."""
+    found: list[tuple[str, tuple[int, ...]]] = []
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     for event in profile.profiler.kineto_results.events():  # profile.events() would first make a tree of them, for long
         for shape in event.shapes():
             wide = len(shape) >= 2 and shape[-1] == vocabulary and tuple(shape) != (hidden_size, vocabulary)
             if wide and torch.Size(shape[:-1]).numel() > rows:
                 found.append((event.name(), tuple(shape)))
+    return found
 
 
 class MadeTensors(TorchDispatchMode):

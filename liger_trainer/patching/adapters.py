@@ -150,6 +150,9 @@ def difference_of_adapters(head: Any) -> str | None:
     linear: Any = unwrapped(head.base_layer)
     weights = [linear.weight, *head.parameters()]
     elsewhere = is_sharded(head) or any(each.is_meta or is_dtensor(each) or not each.numel() for each in weights)
+    # FSDP1 makes one-dimensional parts of what a unit farther out has.
+    linears: list[Any] = [unwrapped(each) for each in (linear, *head.lora_A.values(), *head.lora_B.values())]
+    elsewhere = elsewhere or any(each.weight.dim() != 2 for each in linears)
     if elsewhere or is_lent(linear.weight) or (head.disable_adapters and head.merged):
         return None
     device, dtype = linear.weight.device, linear.weight.dtype

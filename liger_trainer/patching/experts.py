@@ -35,6 +35,7 @@ from .probe import (
     training_dtype,
 )
 from .recogniser import ClassSwap, Finding, Skip
+from .sharding import whole_shape
 
 __all__ = ["recognise"]
 
@@ -69,7 +70,7 @@ def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
 
 def _are_experts(module: nn.Module) -> bool:
     """Whether module holds stacks of matrices and, by its interface or its name, is a mixture's experts."""
-    stacks = [p for p in module.parameters(recurse=False) if len(getattr(p, "ds_shape", p.shape)) == 3]
+    stacks = [p for p in module.parameters(recurse=False) if len(whole_shape(p)) == 3]
     named_so = "expert" in stock_class(module).__name__.lower()
     return bool(stacks) and (hasattr(stock_class(module), "_apply_gate") or named_so)
 

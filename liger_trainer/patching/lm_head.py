@@ -6,7 +6,6 @@ works on labels, and logits at any other time; the model's forward, which is not
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -26,10 +25,10 @@ from .deferred_logits import DeferredLogits, defer
 from .lazy_logits import settle
 from .memory import Trial
 from .options import Options
-from .own_head import DeferredProduct, has_own_forward, with_few_classes
+from .own_head import forward_with_product, has_own_forward, reason_against_trial, with_few_classes
 from .probe import Noise, quiet
 from .recogniser import ClassSwap, Finding, Skip, apply_all
-from .sharding import HeadWeight, keep_whole
+from .sharding import HeadWeight, keep_whole, whole_shape
 
 __all__ = ["recognise"]
 
@@ -57,8 +56,7 @@ def _head_members(original: Callable[..., Any], fused: bool, tile_bytes: int | N
     def own_forward(self: nn.Linear, input: Tensor) -> Any:
         if self._liger_deferring is None or is_dtensor(self.weight):
             return original(self, input)
-        with DeferredProduct(self, functools.partial(_deferred, self, fused, tile_bytes)):
-            return original(self, input)
+        return forward_with_product(original, self, functools.partial(_deferred, self, fused, tile_bytes), input)
 
     chosen = forward if original is nn.Linear.forward else own_forward
     return {"forward": functools.wraps(original)(chosen), "_liger_deferring": None}
@@ -153,6 +151,16 @@ def _is_tensor_parallel(head: nn.Module) -> bool:
     return made_by.startswith("transformers.") and "tensor_parallel" in made_by and is_divided_by_rows(head.weight)
 
 
+def _small_head(head: nn.Module, noise: Noise) -> nn.Linear:
+    """A head for 37 classes with random numbers of the dtype of ``head``, and with its forward."""
+    if has_own_forward(head):
+        return with_few_classes(head, 37, noise)
+    assert isinstance(head.weight, Tensor)
+    small = nn.Linear(24, 37, bias=False, device="meta")
+    small.weight = nn.Parameter(noise.normal(37, 24, dtype=head.weight.dtype))
+    return small
+
+
 def _check(head: nn.Module, fused: bool) -> str | None:
     """Compare loss and gradients on small random tensors of the head's dtype and device with PyTorch's own."""
     assert isinstance(head.weight, Tensor)
@@ -160,25 +168,23 @@ def _check(head: nn.Module, fused: bool) -> str | None:
     noise, dtype = Noise(device), head.weight.dtype
     labels = torch.tensor([5, 0, -100, 36, 11, 5, 20], device=device)
     with quiet(device):
-        if has_own_forward(head):
-            small = with_few_classes(head, 37, noise)
-        else:
-            small = nn.Linear(24, 37, bias=False, device="meta")
-            small.weight = nn.Parameter(noise.normal(37, 24, dtype=dtype))
+        reason = reason_against_trial(head) if has_own_forward(head) else None
+        if reason is not None:
+            return reason
+        small = _small_head(head, noise)
         width = small.weight.shape[1]
         hidden = noise.normal(7, width, dtype=dtype, scale=(24 / width) ** 0.5)
         results: list[tuple[Tensor, ...]] = []
         for deferred in (True, False):
-            # Both start from the same rounded numbers.
-            module = small if deferred else copy.deepcopy(small).double()
+            # Both start from the same rounded numbers. (FSDP2 forbids copies of what refers to one of its modules.)
+            module = small if deferred else _small_head(head, Noise(device)).double()
             leaf = hidden.to(module.weight.dtype, copy=True).requires_grad_()
             try:
                 product = functools.partial(_deferred, module, fused, 3 * 37 * dtype.itemsize)
                 if not deferred:
                     logits = module(leaf)
                 elif has_own_forward(head):
-                    with DeferredProduct(module, product):
-                        logits = module(leaf)
+                    logits = forward_with_product(nn.Module.__call__, module, product, leaf)
                 else:
                     logits = product(leaf)
                 if deferred and not (isinstance(logits, DeferredLogits) and logits.cell.value is None):
@@ -292,7 +298,7 @@ def _logits_bytes(head: nn.Module, fused: bool, tile_bytes: int | None, batch: i
     """The bytes of logits that are not made: in the head's dtype, in fp32, and their log-softmax, less one tile."""
     weight = head.weight
     assert isinstance(weight, Tensor)
-    n_classes = int(getattr(weight, "ds_shape", weight.shape)[0])
+    n_classes = whole_shape(weight)[0]
     logits = batch * length * n_classes
     if not fused:
         return 8 * logits

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import whole_shape
+
 __all__ = ["Trial", "bytes_saved", "on_meta"]
 
 
@@ -50,7 +52,7 @@ def _kept(function: Callable[..., Any], inputs: Sequence[Tensor]) -> int:
 def on_meta(module: Any, source: nn.Module) -> Any:
     """Give module, a shadow of source, parameters like source's on the meta device."""
     for name, parameter in source.named_parameters(recurse=False):
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        shape = whole_shape(parameter)
         dtype = parameter.dtype if parameter.is_floating_point() else torch.bfloat16
         module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
     return module

@@ -51,6 +51,7 @@ from .recogniser import ClassSwap, Finding, Skip
 from .recompute import rebuildable
 from .residual import layers
 from .residual_forward import ADD, FORK
+from .sharding import whole_shape
 
 __all__ = ["recognise"]
 
@@ -259,9 +260,9 @@ def _names(module: nn.Module, function: str) -> bool:
 
 def _size(module: nn.Module, parameters: dict[str, nn.Parameter]) -> int:
     for parameter in parameters.values():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed ZeRO-3 leaves an empty tensor
-        if shape[0]:
-            return int(shape[0])
+        width = whole_shape(parameter)[0]
+        if width:
+            return width
     shape = getattr(module, "normalized_shape", None)
     return int(shape[-1]) if isinstance(shape, tuple | list | torch.Size) and shape else 96
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .class_swap import stock_class
+from .sharding import class_before_sharding
 
 __all__ = [
     "Call",
@@ -143,7 +144,7 @@ def shadow(module: nn.Module, children: dict[str, nn.Module] | None = None) -> A
     Parameters and buffers of module are left out, for the caller to set; its children are shadows with clones of
     theirs, except those given in children.
     """
-    stock = stock_class(module)
+    stock = class_before_sharding(stock_class(module))
     copied: Any = stock.__new__(stock)
     copied.__dict__.update(vars(module))
     copied.__dict__.update({name: value for name, value in vars(nn.Module()).items() if name != "training"})

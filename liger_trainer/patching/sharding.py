@@ -23,7 +23,17 @@ from torch import Tensor, nn
 
 from ..kernels._vocabulary import is_dtensor
 
-__all__ = ["HeadWeight", "gathered", "is_freed", "is_lent", "is_sharded", "keep_whole", "unwrapped"]
+__all__ = [
+    "HeadWeight",
+    "class_before_sharding",
+    "gathered",
+    "is_freed",
+    "is_lent",
+    "is_sharded",
+    "keep_whole",
+    "unwrapped",
+    "whole_shape",
+]
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
@@ -106,6 +116,16 @@ def is_lent(weight: Tensor) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP1 or FSDP2 has a part of ``model``."""
     return any(isinstance(module, _FSDP1 + _FSDP2) for module in model.modules())
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter that ZeRO-3 or FSDP2 may have taken apart. FSDP1's parts tell none."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def class_before_sharding(cls: Any) -> Any:
+    """What FSDP2 has derived the class of a module from, whose instances can't be made or copied; or ``cls``."""
+    return next(each for each in cls.__mro__ if not issubclass(each, _FSDP2))
 
 
 def gathered(weight: Any) -> Tensor:

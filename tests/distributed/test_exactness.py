@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tests.distributed.group import Group
 from tests.distributed.training import Outcome, Run, error, train
@@ -37,8 +39,11 @@ def reference(run: Run) -> Outcome:
     return outcome
 
 
-def check(outcome: Outcome, run: Run, tolerance: float = TOLERANCE) -> None:
+def check(outcome: Outcome, run: Run, tolerance: float = TOLERANCE, left_alone: str = "") -> None:
+    """``left_alone``: a part of the reason for which the logits are built as without us."""
     expected = reference(replace(run, wrapping=None))
+    assert expected.wide and bool(outcome.wide) == bool(left_alone), "whether the logits were built"
+    assert [left_alone in reason for reason in outcome.left_alone] == [True] * bool(left_alone), outcome.left_alone
     torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=tolerance, atol=0)
     if outcome.gradients:
         assert error(outcome.gradients, expected.gradients) < tolerance
@@ -56,6 +61,7 @@ ROOT = [Wrapping("ddp"), Wrapping("fsdp1"), Wrapping("fsdp1", reshard=False), Wr
 ROOT += [Wrapping("fsdp2", reshard=False), *(Wrapping(f"zero{stage}") for stage in (1, 2, 3))]
 NORM = [Wrapping("fsdp2", "norm"), Wrapping("fsdp2", "norm", reshard=False)]
 ALONE = [Wrapping(kind, "alone", reshard) for kind in ("fsdp1", "fsdp2") for reshard in (True, False)]
+FSDP1_ALONE = ALONE[:2]
 SOME = [Wrapping("fsdp1", "alone"), Wrapping("fsdp2"), Wrapping("fsdp2", "alone"), Wrapping("zero3")]
 
 MATRIX = [Run(wrapping) for wrapping in ROOT + NORM + ALONE]
@@ -68,6 +74,50 @@ MATRIX += [
 @pytest.mark.parametrize("run", cases(*MATRIX))
 def test_the_same_training_on_two_processes(two_processes: Group, run: Run) -> None:
     check(two_processes.run(train, run)[0], run)
+
+
+# Heads with a forward of their own, logits of single classes that are changed, losses of log-probabilities.
+HEADS = ["bias", "own forward", "idefics", "chameleon", "bart", "prophetnet"]
+HEADS += ["dory"] if hasattr(transformers, "DoryConfig") else []
+
+OWN_FORWARD = ["own forward", "idefics", "dory"]
+
+
+def _fits(run: Run) -> bool:
+    """Whether the model itself can be spread so."""
+    one_norm = run.head not in ("bart", "prophetnet")
+    taken_apart = run.tied and run.adapters != "save" and run.wrapping in FSDP1_ALONE
+    return (one_norm or run.wrapping.head != "norm") and not taken_apart
+
+
+def _of_heads(heads: list[str], wrappings: list[Wrapping], slow: bool = False, **options: Any) -> list[object]:
+    runs = (Run(wrapping, head=head, **options) for head in heads for wrapping in wrappings)
+    return cases(*filter(_fits, runs), slow=slow)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *_of_heads(HEADS, SOME),
+        *_of_heads(HEADS, NORM[:1], tied=True),
+        *_of_heads(HEADS, [each for each in ROOT + NORM + ALONE if each not in SOME], slow=True),
+        *_of_heads(HEADS, ROOT + NORM[1:] + ALONE, slow=True, tied=True),
+    ],
+)
+def test_heads_that_do_more_than_a_product(two_processes: Group, run: Run) -> None:
+    check(two_processes.run(train, run)[0], run)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *_of_heads(HEADS[1:3], SOME, late=True),
+        *_of_heads([HEADS[0], *HEADS[3:]], [Wrapping("fsdp1"), *NORM[:1], *SOME], slow=True, late=True),
+    ],
+)
+def test_patching_heads_that_are_sharded_already(two_processes: Group, run: Run) -> None:
+    hidden = run.wrapping.kind == "fsdp1" and run.head in OWN_FORWARD
+    check(two_processes.run(train, run)[0], run, left_alone="FSDP1 has its parameters" if hidden else "")
 
 
 FOUR = [Wrapping("ddp"), Wrapping("fsdp1", hybrid=True), Wrapping("fsdp2", "alone", hybrid=True)]
@@ -116,6 +166,33 @@ def test_adapters(two_processes: Group, run: Run) -> None:
     check(two_processes.run(train, run)[0], run)
 
 
+def _with_adapters(wrappings: list[Wrapping], adapters: list[str], slow: bool = False, **options: Any) -> list[object]:
+    runs = (Run(wrapping, adapters=each, **options) for each in adapters for wrapping in wrappings)
+    return cases(*filter(_fits, runs), slow=slow)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *_with_adapters(SOME, ["head"], tied=True),
+        *_with_adapters(NORM[:1], ["save", "save tied"], tied=True),
+        *_with_adapters(ROOT + NORM + ALONE, ["head", "save", "save tied"], slow=True, tied=True),
+        *_with_adapters(ROOT + NORM + ALONE, ["head", "save"], slow=True),
+        *_with_adapters(ROOT + NORM + ALONE, ["save"], slow=True, head="own forward"),
+        *_with_adapters([Wrapping("fsdp1"), *NORM[:1], *SOME], ["head", "save"], slow=True, late=True),
+    ],
+)
+def test_adapters_of_heads(two_processes: Group, run: Run) -> None:
+    pytest.importorskip("peft")
+    check(two_processes.run(train, run)[0], run)
+
+
+@pytest.mark.parametrize("run", _with_adapters([Wrapping("fsdp2")], ["head"], head="own forward"))
+def test_an_adapter_on_a_head_with_a_forward_of_its_own(two_processes: Group, run: Run) -> None:
+    pytest.importorskip("peft")
+    check(two_processes.run(train, run)[0], run, left_alone="not a plain torch.nn.Linear")
+
+
 @pytest.mark.parametrize(
     "run", cases(*(Run(wrapping, frozen=frozen) for wrapping in SOME for frozen in ("head", "body")))
 )
@@ -142,7 +219,9 @@ def test_labels_that_accelerate_has_shifted(two_processes: Group, run: Run) -> N
     check(two_processes.run(train, run)[0], run)
 
 
-@pytest.mark.parametrize("run", cases(*(Run(wrapping, late=True) for wrapping in [Wrapping("fsdp1"), *SOME])))
+@pytest.mark.parametrize(
+    "run", cases(*(Run(wrapping, late=True) for wrapping in [Wrapping("fsdp1"), *NORM[:1], *SOME]))
+)
 def test_patching_a_model_that_is_sharded_already(two_processes: Group, run: Run) -> None:
     check(two_processes.run(train, run)[0], run)
 

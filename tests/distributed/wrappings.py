@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from tests.distributed.group import device
 
@@ -101,18 +101,30 @@ def _mesh(hybrid: bool) -> Any:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [each for layers in lists for each in layers if type(each).__name__.endswith("Layer")]
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if isinstance(module, LlamaForCausalLM))
+def _stock(model: nn.Module) -> Any:
+    """The model of transformers, which may lie in one of peft's."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _with_the_weights_of(head: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """The modules outside of ``head`` that share a parameter with it: they have to be in its unit."""
+    weights, inside = {id(each) for each in head.parameters()}, set(head.modules())
+    return [
+        module
+        for module in model.modules()
+        if module not in inside and any(id(each) in weights for each in module.parameters(recurse=False))
+    ]
 
 
 class Fsdp1(Plain):
     def wrap(self, wrapping: Wrapping) -> None:
         units = _layers(self.model)
         if wrapping.head == "alone":
-            head = _causal_lm(self.model).lm_head
+            head = _stock(self.model).get_output_embeddings()
             modules = getattr(head, "modules_to_save", None)
             units += [head] if modules is None else list(modules.values())
         strategies = {
@@ -172,15 +184,19 @@ class Fsdp2(Plain):
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=device().type != "cpu")
         for layer in _layers(self.model):
             fully_shard(layer, **options)
-        lm = _causal_lm(self.model)
-        embedding, head = lm.model.embed_tokens, lm.lm_head
-        tied = head.weight is embedding.weight if isinstance(head, nn.Linear) else False
-        unit = {"root": [], "norm": [lm.model.norm, head], "alone": [head]}[wrapping.head]
+        stock = _stock(self.model)
+        head = stock.get_output_embeddings()
+        unit = {"root": [], "norm": [head], "alone": [head]}[wrapping.head]
         if unit:
-            fully_shard([*unit, embedding] if tied else unit if len(unit) > 1 else head, **options)
+            unit += _with_the_weights_of(head, self.model)
+        if wrapping.head == "norm":
+            unit.insert(0, stock.model.norm)
+        if unit:
+            fully_shard(unit if len(unit) > 1 else head, **options)
         fully_shard(self.model, **options)
         assert all(isinstance(each, FSDPModule) for each in [self.model, *_layers(self.model), *unit])
-        assert all(each.to_local().numel() < each.numel() for each in self.model.parameters()), "nothing was sharded"
+        whole = [each for each in self.model.parameters() if each.numel() > 1]
+        assert all(each.to_local().numel() < each.numel() for each in whole), "nothing was sharded"
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 VOCAB = 97
 
@@ -50,6 +51,31 @@ def build(family: str, **changes: Any) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model.train()
+
+
+@pytest.fixture
+def linear_of_zero3(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """DeepSpeed puts its own function in the place of torch's for ZeRO-3, and leaves it there for the process."""
+    torch_linear = F.linear
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            ctx.save_for_backward(x, weight)
+            return torch_linear(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, weight = ctx.saved_tensors
+            rows = gradient.flatten(0, -2)
+            of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+            return gradient @ weight, rows.T @ x.flatten(0, -2), of_bias
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return Linear.apply(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", linear)
+    return linear
 
 
 @pytest.fixture

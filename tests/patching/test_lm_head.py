@@ -469,22 +469,8 @@ def test_classes_that_a_model_cuts_off_take_no_part(bias):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_replaced_linear_function(tiny, monkeypatch):
-    """DeepSpeed puts its own function in the place of torch's for ZeRO-3, and leaves it there for the process."""
-    torch_linear = F.linear
-
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight, bias):
-            ctx.save_for_backward(x, weight)
-            return torch_linear(x, weight, bias)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            x, weight = ctx.saved_tensors
-            return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2), None
-
-    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: Linear.apply(x, weight, bias))
+@pytest.mark.usefixtures("linear_of_zero3")
+def test_a_replaced_linear_function(tiny):
     reference = tiny("Llama")
     model = copy.deepcopy(reference)
     assert patch(model).counts()["fused_linear_cross_entropy"] == 1

@@ -14,6 +14,7 @@ from wide_tensors import wide_tensors
 import liger_trainer
 from liger_trainer.patching import revert
 from liger_trainer.patching.lm_head import _check
+from liger_trainer.patching.own_head import forward_with_product
 
 V, ROWS = 97, 6
 
@@ -192,3 +193,23 @@ def test_frozen_and_without_a_share_in_the_result(with_head, batch, gradients, e
     ours, theirs = gradients(model, batch), gradients(reference, batch)
     assert "lm_head.weight" not in ours
     assert error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("head_class", SERVED)
+def test_a_replaced_linear_function(with_head, batch, gradients, error, linear_of_zero3, head_class, bias):
+    reference = with_head(head_class, bias=bias)
+    model = copy.deepcopy(reference)
+    assert [entry.class_name for entry in patch(model).replaced] == [head_class.__name__]
+    assert error(gradients(model, batch), gradients(reference, batch)) < 1e-4
+    with wide_tensors(V, rows=ROWS, hidden_size=48) as ours:
+        model(**batch).loss.backward()
+    assert not ours
+    assert F.linear is linear_of_zero3
+
+
+def test_a_replaced_linear_function_is_back_after_an_error(linear_of_zero3):
+    head = BrokenHead(4, V)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        forward_with_product(BrokenHead.forward, head, lambda hidden: hidden @ head.weight.T, torch.randn(3, 4))
+    assert F.linear is linear_of_zero3
