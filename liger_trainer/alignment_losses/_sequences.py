@@ -111,6 +111,7 @@ class HeadLoss(nn.Module):
         bias: Tensor | None,  # (V,)
         outputs: tuple[str, ...] = (),
         *,
+        low_rank: tuple[Tensor, Tensor] | None = None,  # (B, T, r) and (V, r)
         max_valid: int | None,
     ) -> Sequences:
         if weight.dim() != 2 or hidden.dim() != 3 or labels.dim() != 2:
@@ -119,7 +120,14 @@ class HeadLoss(nn.Module):
                 f"got {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
             )
         tokens = linear_log_probs(
-            hidden, weight, labels, bias=bias, outputs=outputs, max_valid=max_valid, **self.head_options
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            low_rank=low_rank,
+            outputs=outputs,
+            max_valid=max_valid,
+            **self.head_options,
         )
         if isinstance(tokens, Tensor):
             tokens = LogProbs(tokens)

@@ -117,6 +117,7 @@ class LigerFusedLinearCPOLoss(HeadLoss):
         target: Tensor,  # (2B, T)
         bias: Tensor | None = None,  # (V,)
         *,
+        low_rank: tuple[Tensor, Tensor] | None = None,  # (2B, T, r) and (V, r)
         max_valid: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and what to log of it.
@@ -124,6 +125,9 @@ class LigerFusedLinearCPOLoss(HeadLoss):
         Args:
             lin_weight, _input, target, bias: head, hidden states and labels already shifted; B chosen answers, then
                 the B rejected ones in their order.
+            low_rank: a pair ``a`` (2B, T, r) and ``b`` (V, r) whose product ``a @ b.T`` is added to the policy's
+                logits, as in :func:`liger_trainer.kernels.linear_log_probs`: a LoRA adapter's, ``a`` being the scaled
+                output of its first layer. Both get a gradient.
             max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
                 :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
@@ -132,7 +136,7 @@ class LigerFusedLinearCPOLoss(HeadLoss):
             chosen_rewards, rejected_rewards), of which the means are over the labelled tokens and without gradient.
         """
         max_valid = self.bound(target, max_valid)
-        policy = self.score(_input, lin_weight, target, bias, ("mean_logits",), max_valid=max_valid)
+        policy = self.score(_input, lin_weight, target, bias, ("mean_logits",), low_rank=low_rank, max_valid=max_valid)
         chosen, rejected = policy.log_probs.chunk(2)
         of_chosen = policy.mask.chunk(2)[0]
         nll = -policy.tokens.log_probs.chunk(2)[0].sum() / of_chosen.sum().clamp(min=1)

@@ -327,6 +327,7 @@ class LigerFusedLinearDPOLoss(HeadLoss):
         ref_weight: Tensor | None = None,  # (V, H')
         ref_bias: Tensor | None = None,  # (V,)
         *,
+        low_rank: tuple[Tensor, Tensor] | None = None,  # (2B, T, r) and (V, r)
         ref_logps: Tensor | None = None,  # (2B,)
         max_valid: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -339,6 +340,9 @@ class LigerFusedLinearDPOLoss(HeadLoss):
                 the B rejected ones in their order.
             ref_input, ref_weight, ref_bias: the reference's, where ``use_ref_model``.
             ref_logps: the reference's log-probabilities of the 2B answers in their place, computed before.
+            low_rank: a pair ``a`` (2B, T, r) and ``b`` (V, r) whose product ``a @ b.T`` is added to the policy's
+                logits, as in :func:`liger_trainer.kernels.linear_log_probs`: a LoRA adapter's, ``a`` being the scaled
+                output of its first layer. Both get a gradient. The reference takes none.
             max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
                 :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
@@ -348,7 +352,7 @@ class LigerFusedLinearDPOLoss(HeadLoss):
         """
         outputs = ("mean_logits", "log_sum_sq_probs") if self.use_weighting else ("mean_logits",)
         max_valid = self.bound(target, max_valid)
-        policy = self.score(_input, lin_weight, target, bias, outputs, max_valid=max_valid)
+        policy = self.score(_input, lin_weight, target, bias, outputs, low_rank=low_rank, max_valid=max_valid)
         logps = policy.log_probs
         if self.ld_alpha is not None:
             logps = length_desensitized_log_probs(policy.tokens.log_probs, policy.mask, self.ld_alpha)

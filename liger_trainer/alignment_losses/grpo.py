@@ -285,6 +285,7 @@ class LigerFusedLinearGRPOLoss(HeadLoss):
         ref_bias: Tensor | None = None,  # (V,)
         vllm_is_ratio: Tensor | None = None,  # (B, T) or (B, 1)
         *,
+        low_rank: tuple[Tensor, Tensor] | None = None,  # (B, T, r) and (V, r)
         num_items: Tensor | float | None = None,
         token_mask: Tensor | None = None,  # (B, T)
         max_valid: int | None = None,
@@ -303,6 +304,9 @@ class LigerFusedLinearGRPOLoss(HeadLoss):
                 neither, or without ``use_ref_model``, the divergence is from the policy as it is: 0, with no gradient.
             old_per_token_logps, vllm_is_ratio, num_items, token_mask: the function's ``old_logps``,
                 ``importance_sampling_ratio``, ``num_items`` and ``token_mask``.
+            low_rank: a pair ``a`` (B, T, r) and ``b`` (V, r) whose product ``a @ b.T`` is added to the policy's
+                logits, as in :func:`liger_trainer.kernels.linear_log_probs`: a LoRA adapter's, ``a`` being the scaled
+                output of its first layer. Both get a gradient. The reference takes none.
             max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
                 :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
@@ -313,7 +317,13 @@ class LigerFusedLinearGRPOLoss(HeadLoss):
         labels = selected_token_ids.masked_fill(attention_mask == 0, self.ignore_index)
         max_valid = self.bound(labels, max_valid)
         policy = self.score(
-            _input, lin_weight, labels, bias, ("entropy",) if self.options.entropy_coef else (), max_valid=max_valid
+            _input,
+            lin_weight,
+            labels,
+            bias,
+            ("entropy",) if self.options.entropy_coef else (),
+            low_rank=low_rank,
+            max_valid=max_valid,
         )
         logps = policy.tokens.log_probs
         if ref_per_token_logps is None and self.options.beta:

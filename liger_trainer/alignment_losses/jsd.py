@@ -85,8 +85,16 @@ class LigerFusedLinearJSDLoss(nn.Module):
         true_labels: Tensor,  # (*)
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
+        *,
+        student_low_rank: tuple[Tensor, Tensor] | None = None,  # (*, r) and (V, r)
+        teacher_low_rank: tuple[Tensor, Tensor] | None = None,  # (*, r) and (V, r)
     ) -> Tensor:
-        """The weighted sum of both losses, each a mean over the labels that are not ignored."""
+        """The weighted sum of both losses, each a mean over the labels that are not ignored.
+
+        A pair ``a`` (\\*, r) and ``b`` (V, r) adds ``a @ b.T`` to a model's logits, as in
+        :func:`liger_trainer.kernels.linear_jsd`: a LoRA adapter's, ``a`` being the scaled output of its first layer.
+        The student's gets a gradient.
+        """
         divergence: Any = linear_jsd(
             student_input,
             student_weight,
@@ -98,6 +106,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
             ignore_index=self.ignore_index,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
+            student_low_rank=student_low_rank,
+            teacher_low_rank=teacher_low_rank,
             **self.options,
         )
         loss: Tensor = self.weight_soft_loss * divergence
@@ -108,6 +118,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
             student_weight,
             true_labels,
             bias=student_bias,
+            low_rank=student_low_rank,
             ignore_index=self.ignore_index,
             logit_scale=self.options.get("student_logit_scale", 1.0),
             softcap=self.options.get("student_softcap"),

@@ -114,6 +114,7 @@ class LigerFusedLinearKTOLoss(HeadLoss):
         ref_bias: Tensor | None = None,  # (V,)
         kl: Tensor | None = None,  # () or (B,)
         *,
+        low_rank: tuple[Tensor, Tensor] | None = None,  # (B, T, r) and (V, r)
         ref_logps: Tensor | None = None,  # (B,)
         max_valid: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -128,6 +129,9 @@ class LigerFusedLinearKTOLoss(HeadLoss):
             ref_input, ref_weight, ref_bias: the reference's, where ``use_ref_model``.
             kl: :func:`kto_kl`.
             ref_logps: the reference's log-probabilities of the answers in their place, computed before.
+            low_rank: a pair ``a`` (B, T, r) and ``b`` (V, r) whose product ``a @ b.T`` is added to the policy's
+                logits, as in :func:`liger_trainer.kernels.linear_log_probs`: a LoRA adapter's, ``a`` being the scaled
+                output of its first layer. Both get a gradient. The reference takes none.
             max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
                 :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
@@ -138,7 +142,7 @@ class LigerFusedLinearKTOLoss(HeadLoss):
         if preference_labels is None:
             raise ValueError("preference_labels must be a bool an answer, got None")
         max_valid = self.bound(target, max_valid)
-        policy = self.score(_input, lin_weight, target, bias, ("mean_logits",), max_valid=max_valid)
+        policy = self.score(_input, lin_weight, target, bias, ("mean_logits",), low_rank=low_rank, max_valid=max_valid)
         if ref_logps is None:
             reference = self.score_reference(ref_input, ref_weight, target, ref_bias, max_valid=max_valid)
             ref_logps = torch.zeros_like(policy.log_probs) if reference is None else reference.log_probs

@@ -70,6 +70,7 @@ class LigerFusedLinearORPOLoss(HeadLoss):
         bias: Tensor | None = None,  # (V,)
         nll_target: Tensor | None = None,  # (B, T)
         *,
+        low_rank: tuple[Tensor, Tensor] | None = None,  # (2B, T, r) and (V, r)
         max_valid: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss, and what to log of it.
@@ -79,6 +80,9 @@ class LigerFusedLinearORPOLoss(HeadLoss):
                 the B rejected ones in their order.
             nll_target: (B, T) labels of the negative log-likelihood, which the paper takes over the prompt too; those
                 of ``target`` must be among them. None takes the chosen answers'.
+            low_rank: a pair ``a`` (2B, T, r) and ``b`` (V, r) whose product ``a @ b.T`` is added to the policy's
+                logits, as in :func:`liger_trainer.kernels.linear_log_probs`: a LoRA adapter's, ``a`` being the scaled
+                output of its first layer. Both get a gradient.
             max_valid: an upper bound, known to the host, of the number of labels that are not ignored, as
                 :func:`liger_trainer.kernels.linear_log_probs`. Without one the host waits once for the device's count.
 
@@ -95,7 +99,7 @@ class LigerFusedLinearORPOLoss(HeadLoss):
                 )
             labels = torch.cat([nll_target, target.chunk(2)[1]])
         max_valid = self.bound(labels, max_valid)
-        policy = self.score(_input, lin_weight, labels, bias, ("mean_logits",), max_valid=max_valid)
+        policy = self.score(_input, lin_weight, labels, bias, ("mean_logits",), low_rank=low_rank, max_valid=max_valid)
         logps = sequence_log_probs(policy.tokens.log_probs, target != self.ignore_index, average=True)
         chosen, rejected = logps.chunk(2)
         of_chosen = policy.mask.chunk(2)[0]

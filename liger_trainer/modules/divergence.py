@@ -73,8 +73,15 @@ class LigerFusedLinearJSD(nn.Module):
         teacher_input: Tensor,
         teacher_weight: Tensor,
         shift_labels: Tensor | None = None,
+        *,
+        student_low_rank: tuple[Tensor, Tensor] | None = None,
+        teacher_low_rank: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(N, Hs), (V, Hs), (N, Ht), (V, Ht), (N,); a mean over the labels."""
+        """(N, Hs), (V, Hs), (N, Ht), (V, Ht), (N,); a mean over the labels.
+
+        A pair ``a`` (N, r) and ``b`` (V, r) adds ``a @ b.T`` to a model's logits, a LoRA adapter's, ``a`` being the
+        scaled output of its first layer. The student's gets a gradient.
+        """
         loss: Any = linear_jsd(
             student_input,
             student_weight,
@@ -84,6 +91,8 @@ class LigerFusedLinearJSD(nn.Module):
             temperature=self.temperature,
             labels=shift_labels,
             ignore_index=self.ignore_index,
+            student_low_rank=student_low_rank,
+            teacher_low_rank=teacher_low_rank,
         )
         return loss
 

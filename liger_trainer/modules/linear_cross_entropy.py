@@ -62,12 +62,20 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         _input: Tensor,  # (*, H)
         target: Tensor,  # (*)
         bias: Tensor | None = None,  # (V,)
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,  # (*, r) and (V, r)
     ) -> Tensor | CrossEntropyOutput:
+        """The loss.
+
+        ``low_rank`` is a pair ``a`` (\\*, r) and ``b`` (V, r) whose product ``a @ b.T`` is added to the logits, as the
+        function's: a LoRA adapter's, ``a`` being the scaled output of its first layer. Both get a gradient.
+        """
         return linear_cross_entropy(
             _input,
             lin_weight,
             target,
             bias=bias,
+            low_rank=low_rank,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             softcap=self.softcap,
