@@ -173,7 +173,10 @@ def train(run: Run) -> Outcome | None:
 def _install(model: Any, tile_bytes: int) -> None:
     from liger_trainer.trl.fused_forward import HeadOptions, install
 
-    install(model.get_base_model() if hasattr(model, "get_base_model") else model, HeadOptions(tile_bytes=tile_bytes))
+    install(
+        model.get_base_model() if hasattr(model, "get_base_model") else model,
+        HeadOptions(tile_bytes=tile_bytes, cache_bytes=tile_bytes),
+    )
 
 
 def _loss(run: Run, model: nn.Module, inputs: dict[str, Tensor], num_items: Tensor) -> Tensor:
