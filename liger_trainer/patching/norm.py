@@ -383,7 +383,7 @@ def _forward(found: Recognised) -> Callable[[Any, Tensor], Tensor]:
 
         def normalise(self: Any, x: Tensor, eps: float) -> Tensor:
             weight = self.weight if found.weighted else None
-            return rebuildable(_owned(rms_norm(x, weight, eps)), rms_norm, x, weight, eps)
+            return rebuildable(_owned(rms_norm(x, weight, eps)), rms_norm, x, weight, eps, norm=True)
     else:
 
         def normalise(self: Any, x: Tensor, eps: float) -> Tensor:
@@ -392,7 +392,7 @@ def _forward(found: Recognised) -> Callable[[Any, Tensor], Tensor]:
                 weight = weight + offset
             bias = self.bias if found.biased else None
             y = _owned(kernels.layer_norm(x, weight, bias, eps))
-            return rebuildable(y, kernels.layer_norm, x, weight, bias, eps)
+            return rebuildable(y, kernels.layer_norm, x, weight, bias, eps, norm=True)
 
     if eps.attribute is None:
         constant = eps.constant
@@ -431,14 +431,14 @@ def _joined(found: Recognised) -> tuple[Callable[..., Any], Callable[..., Any]]:
             return self.forward(total), total
         weight, value = self.weight if found.weighted else None, eps.of(self, a)
         y, total = kernels.add_rms_norm(a, b, weight, value, offset=formula.offset, casting=formula.casting)
-        return rebuildable(_owned(y), rms_norm, total, weight, value), total
+        return rebuildable(_owned(y), rms_norm, total, weight, value, norm=True), total
 
     def fork(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         if not serves(self, x, x):
             return self.forward(x), x
         weight, value = self.weight if found.weighted else None, eps.of(self, x)
         y, same = kernels.rms_norm_and_residual(x, weight, value, offset=formula.offset, casting=formula.casting)
-        return rebuildable(_owned(y), rms_norm, x, weight, value), same
+        return rebuildable(_owned(y), rms_norm, x, weight, value, norm=True), same
 
     return add, fork
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-__all__ = ["Options"]
+__all__ = ["RECOMPUTE", "Options"]
+
+RECOMPUTE = ("norms", "cheap")
+_RECOMPUTE = f"{', '.join(map(repr, RECOMPUTE))} or None"
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class Options:
         fused_add_rms_norm: the residual addition before an RMS norm, in one kernel with it; needs ``rms_norm``.
         cross_entropy: the loss on materialised logits. Excludes ``fused_linear_cross_entropy``.
         fused_linear_cross_entropy: LM head and loss as one op, which keeps no logits.
-        recompute: ``"cheap"`` rebuilds the outputs of norms and gated activations in the backward pass instead of
-            keeping them for the projections behind; the same gradients from less memory. None keeps them.
+        recompute: ``"norms"`` rebuilds the outputs of norms in the backward pass instead of keeping them for the
+            projections behind, ``"cheap"`` those of gated activations and written-out GELUs as well; the same gradients
+            from less memory. None keeps them.
         mlp_chunk_tokens: the largest number of tokens that a gated MLP works on at a time; its inner activations are
             made again in the backward pass, chunk by chunk. For very long contexts. None works on all at once.
         tile_bytes: size in bytes of the largest logits tile of the fused head; None lets the kernel choose.
@@ -71,13 +75,13 @@ class Options:
                     raise ValueError(f"{name} must be at least 1, got {value}")
             elif name == "recompute":
                 if value is not None and not isinstance(value, str):
-                    raise TypeError(f'recompute must be "cheap" or None, got {value!r}')
+                    raise TypeError(f"recompute must be {_RECOMPUTE}, got {value!r}")
             elif not isinstance(value, bool):
                 raise TypeError(f"option {name} must be True or False, got {value!r}")
         if parsed.mlp_chunk_tokens is not None and not parsed.mlp:
             raise ValueError(f"mlp_chunk_tokens={parsed.mlp_chunk_tokens} needs mlp=True, got mlp=False")
-        if parsed.recompute not in (None, "cheap"):
-            raise ValueError(f'recompute must be "cheap" or None, got {parsed.recompute!r}')
+        if parsed.recompute not in (None, *RECOMPUTE):
+            raise ValueError(f"recompute must be {_RECOMPUTE}, got {parsed.recompute!r}")
         if parsed.cross_entropy and parsed.fused_linear_cross_entropy:
             raise ValueError(
                 "cross_entropy=True and fused_linear_cross_entropy=True exclude each other: the fused head leaves no "

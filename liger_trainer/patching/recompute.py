@@ -96,9 +96,14 @@ class _Offer:
 
 
 class _Region:
-    """One forward, from the outermost patched model's beginning to its end."""
+    """One forward, from the outermost patched model's beginning to its end.
 
-    def __init__(self) -> None:
+    Attributes:
+        norms_only: whether nothing but outputs of norms is made again.
+    """
+
+    def __init__(self, norms_only: bool) -> None:
+        self.norms_only = norms_only
         self._offers: dict[int, _Offer] = {}
         self._by_node: dict[int, _Offer] = {}
         self._pack = self.pack  # one object, to be known by
@@ -193,31 +198,37 @@ class _Stack(threading.local):
 _stack = _Stack()
 
 
-def rebuildable(tensor: Tensor, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def rebuildable(tensor: Tensor, function: Callable[..., Tensor], *inputs: Any, norm: bool = False) -> Tensor:
     """Return tensor, which is ``function(*inputs)``, having offered to make it again that way.
 
     Args:
         tensor: what the function returned.
         function: deterministic and cheap; called without gradients, in the autocast state of now.
         inputs: its arguments. Their tensors are kept as long as the recipe, and should be ones that autograd keeps.
+        norm: whether the function is a norm, which is as wide as the residual stream, hence the cheapest.
     """
     region = _stack.active
-    if region is not None and tensor.requires_grad and region.keeps():
+    if region is not None and tensor.requires_grad and (norm or not region.norms_only) and region.keeps():
         region.offer(tensor, function, inputs)
     return tensor
 
 
-def _enter(model: nn.Module, inputs: Any) -> None:
+def _enter(model: nn.Module, inputs: Any, norms_only: bool = False) -> None:
     """A hook before the forward of a patched model."""
     if torch.compiler.is_compiling():  # the compiler decides by itself what is kept
         return
     region = None
     taken = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     if torch.is_grad_enabled() and not taken:
-        region = _Region()
+        region = _Region(norms_only)
         region.enter()
         _stack.active = region
     _stack.regions.append(region)
+
+
+def _enter_for_norms(model: nn.Module, inputs: Any) -> None:
+    """The same where norms alone are rebuilt. A function of its own, so that a pickled model names it."""
+    _enter(model, inputs, norms_only=True)
 
 
 def _leave(model: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -232,8 +243,8 @@ def _leave(model: nn.Module, inputs: Any, outputs: Any) -> None:
 
 def remove(module: nn.Module) -> None:
     """Take this file's hooks off a module; without effect where there are none."""
-    for hooks, hook in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
-        for key in [key for key, each in hooks.items() if each is hook]:
+    for hooks, ours in ((module._forward_pre_hooks, (_enter, _enter_for_norms)), (module._forward_hooks, (_leave,))):
+        for key in [key for key, each in hooks.items() if each in ours]:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
 
@@ -243,6 +254,7 @@ class _Hooks:
     """A model's forward as a region in which cheap activations are not kept."""
 
     module: nn.Module = field(repr=False)
+    enter: Callable[[nn.Module, Any], None] = _enter
     kind: str = KIND
     path: str = ""
     kernel: str = "norms and activations rebuilt"
@@ -256,10 +268,10 @@ class _Hooks:
 
     @property
     def in_force(self) -> bool:
-        return any(hook is _enter for hook in self.module._forward_pre_hooks.values())
+        return any(hook is self.enter for hook in self.module._forward_pre_hooks.values())
 
     def apply(self) -> None:
-        self.module.register_forward_pre_hook(_enter)
+        self.module.register_forward_pre_hook(self.enter)
         self.module.register_forward_hook(_leave, always_call=True)
 
     def revert(self) -> None:
@@ -267,6 +279,8 @@ class _Hooks:
 
 
 def recognise(model: nn.Module, options: Options) -> Iterator[Finding]:
-    """The model itself, where ``recompute="cheap"`` is asked for; see :class:`.recogniser.Recogniser`."""
-    if options.recompute == "cheap":
+    """The model itself, where ``recompute`` is asked for; see :class:`.recogniser.Recogniser`."""
+    if options.recompute == "norms":
+        yield _Hooks(model, _enter_for_norms, kernel="norms rebuilt")
+    elif options.recompute == "cheap":
         yield _Hooks(model)

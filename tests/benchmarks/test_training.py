@@ -29,6 +29,7 @@ def test_providers_and_their_options():
     assert Provider.parse("hf") == Provider("hf")
     parsed = Provider.parse("ours-compile:recompute=cheap,tile_bytes=1024,rope=false")
     assert parsed == Provider("ours-compile", {"recompute": "cheap", "tile_bytes": 1024, "rope": False})
+    assert Provider.parse("ours:recompute=norms") == Provider("ours", {"recompute": "norms"})
     assert plots.name_of("ours:recompute=cheap") == "liger_trainer, recompute=cheap"
     for each in PROVIDERS:
         assert plots.name_of(each) and plots.colour_of(each)

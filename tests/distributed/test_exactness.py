@@ -208,7 +208,7 @@ def test_a_frozen_head_and_a_frozen_body(two_processes: Group, run: Run) -> None
         *(Run(wrapping, checkpointing=True) for wrapping in SOME),
         *(Run(Wrapping("fsdp2", head, cpu_offload=True)) for head in ("root", "alone")),
         *(Run(Wrapping("fsdp1", head, original_parameters=False)) for head in ("root", "alone")),
-        Run(Wrapping("fsdp2", "norm"), options=(("recompute", "cheap"),)),
+        *(Run(Wrapping("fsdp2", "norm"), options=(("recompute", option),)) for option in ("norms", "cheap")),
     ),
 )
 def test_what_frameworks_are_combined_with(two_processes: Group, run: Run) -> None:

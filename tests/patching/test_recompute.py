@@ -1,4 +1,4 @@
-"""``recompute="cheap"``: the same gradients, bit for bit, from fewer kept tensors."""
+"""``recompute``: the same gradients, bit for bit, from fewer kept tensors."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def bytes_kept(model: nn.Module) -> int:
     return kept
 
 
-def assert_same_bits(model: Any, **options: Any) -> Any:
+def assert_same_bits(model: Any, recompute: str = "cheap", **options: Any) -> Any:
     """Compare the gradients of a patched copy of model that rebuilds with those of one that keeps; return the first."""
     keeps, rebuilds = model, copy.deepcopy(model)
     apply_liger_kernel(keeps, **options)
-    apply_liger_kernel(rebuilds, recompute="cheap", **options)
+    apply_liger_kernel(rebuilds, recompute=recompute, **options)
     expected, found = gradients(keeps), gradients(rebuilds)
     assert expected.keys() == found.keys()
     assert expected
@@ -82,12 +82,16 @@ def assert_same_bits(model: Any, **options: Any) -> Any:
     return rebuilds
 
 
-def test_llama_keeps_no_norm_and_no_product():
+# What of a layer is not kept, in numbers a token: two norms' results, and the product. (The last norm's result is not
+# kept by the fused head.)
+NOT_KEPT = {"norms": 2 * HIDDEN, "cheap": 2 * HIDDEN + INTERMEDIATE}
+
+
+@pytest.mark.parametrize("option", NOT_KEPT)
+def test_llama_keeps_no_norm_and_no_product(option):
     model = tiny_llama().train()
-    rebuilds = assert_same_bits(model)
-    # In each layer two norms and the product; the last norm's result is not kept by the fused head.
-    saved = LAYERS * ROWS * LENGTH * (2 * HIDDEN + INTERMEDIATE) * 4
-    assert bytes_kept(model) - bytes_kept(rebuilds) == saved
+    rebuilds = assert_same_bits(model, option)
+    assert bytes_kept(model) - bytes_kept(rebuilds) == LAYERS * ROWS * LENGTH * NOT_KEPT[option] * 4
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,8 @@ def test_llama_keeps_no_norm_and_no_product():
         ("gpt_neox", {}),
     ],
 )
-def test_other_layers(model_type, config):
+@pytest.mark.parametrize("option", NOT_KEPT)
+def test_other_layers(model_type, config, option):
     small = {
         "vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -108,9 +113,11 @@ def test_other_layers(model_type, config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**small, **config})).train()
     kept = copy.deepcopy(model)
-    rebuilds = assert_same_bits(model)
+    rebuilds = assert_same_bits(model, option)
     apply_liger_kernel(kept)
-    assert bytes_kept(rebuilds) < bytes_kept(kept)
+    saved = bytes_kept(kept) - bytes_kept(rebuilds)
+    # OLMo 2 norms what its blocks give and not what they are given: no projection keeps that.
+    assert saved == 0 if (model_type, option) == ("olmo2", "norms") else saved > 0
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -144,12 +151,13 @@ def test_half_precision_and_autocast(dtype):
         assert_same_bits(model)
 
 
-def test_copies_that_autocast_makes_for_each_projection():
+@pytest.mark.parametrize("option", NOT_KEPT)
+def test_copies_that_autocast_makes_for_each_projection(option):
     model = tiny_llama().train()
     with torch.autocast("cpu", torch.bfloat16):
-        rebuilds = assert_same_bits(model)
-        # In each layer the norms' results for five projections, and the product, in half precision.
-        saved = LAYERS * ROWS * LENGTH * (5 * HIDDEN + INTERMEDIATE) * 2
+        rebuilds = assert_same_bits(model, option)
+        # In each layer the norms' results for five projections, not two, in half precision.
+        saved = LAYERS * ROWS * LENGTH * (3 * HIDDEN + NOT_KEPT[option]) * 2
         assert bytes_kept(model) - bytes_kept(rebuilds) == saved
 
 
@@ -199,8 +207,8 @@ def test_what_a_layer_of_llama_3_2_1b_keeps():
     # The stream before each norm, q, k, v, what attention gives, gate and up.
     least = 2 * (2 * h + h + 2 * kv + h + 2 * i) + two_roots + log_sum_exp
     assert least == 51_336
-    expected = {"cheap": least, None: least + 2 * (2 * h + i)}
-    assert expected[None] == 75_912
+    expected = {"cheap": least, "norms": least + 2 * i, None: least + 2 * (2 * h + i)}
+    assert (expected["norms"], expected[None]) == (67_720, 75_912)
     for option, bytes_a_token in expected.items():
         a_layer = kept(2, recompute=option) - kept(1, recompute=option)
         assert a_layer / tokens == bytes_a_token
@@ -395,13 +403,16 @@ def test_without_gradients_nothing_is_hooked():
     assert seen == [None]
 
 
-def test_copies_and_revert():
+@pytest.mark.parametrize("option", NOT_KEPT)
+def test_copies_and_revert(option):
     model = tiny_llama()
     before = dict(model._forward_hooks), dict(model._forward_pre_hooks)
-    report = plan(model, recompute="cheap")
+    report = plan(model, recompute=option)
     assert report.counts()["recompute"] == 1
     assert (model._forward_hooks, model._forward_pre_hooks) == before
-    apply_liger_kernel(model, recompute="cheap")
+    apply_liger_kernel(model, recompute=option)
+    assert apply_liger_kernel(model, recompute=option).counts()["recompute"] == 1
+    assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     for each in (model, copied):
         revert(each)
@@ -419,5 +430,5 @@ def test_under_compile_the_compiler_decides():
 
 @pytest.mark.parametrize(("value", "error"), [("expensive", ValueError), (True, TypeError)])
 def test_what_it_may_be(value, error):
-    with pytest.raises(error, match="recompute"):
+    with pytest.raises(error, match="recompute must be 'norms', 'cheap' or None, got"):
         apply_liger_kernel(tiny_llama(), recompute=value)
