@@ -15,6 +15,7 @@ from ._config import reject_liger_kernel, resolve_liger_config
 from ._environment import DISABLE_VARIABLE, disabled
 from ._logging import logger
 from .patching import Report, apply_liger_kernel, is_patched, revert
+from .patching.exact_outputs import keep_exact
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -70,6 +71,8 @@ class PatchingCallback(TrainerCallback):
         # Made by model_init, or this callback was added after the Trainer was made.
         if not is_patched(model) or self.report is None:
             self.patch(model, args)
+        if not disabled():
+            keep_exact(kwargs["model"])
         self._announce(args, state)
 
     def _announce(self, args: TrainingArguments, state: TrainerState) -> None:

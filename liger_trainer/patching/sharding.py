@@ -30,6 +30,7 @@ __all__ = [
     "is_freed",
     "is_lent",
     "is_sharded",
+    "is_unit_of_fsdp2",
     "keep_whole",
     "unwrapped",
     "whole_shape",
@@ -111,6 +112,11 @@ def is_lent(weight: Tensor) -> bool:
     """Whether a module holds ``weight`` for the time of a forward only: under FSDP1, which makes views of a flat
     parameter, and under ZeRO-3."""
     return not isinstance(weight, nn.Parameter) or hasattr(weight, "ds_id")
+
+
+def is_unit_of_fsdp2(module: nn.Module) -> bool:
+    """Whether FSDP2 wraps ``module`` itself."""
+    return isinstance(module, _FSDP2)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import unwrap_peft_model
 
 from .._environment import disabled
@@ -17,6 +18,7 @@ from ..arguments import LigerArguments
 from ..callback import LigerCallback
 from ..out_of_memory import MemoryAdvice
 from ..patching import apply_liger_kernel
+from ..patching.exact_outputs import keep_exact
 from .fused_forward import HeadOptions, install, one_forward, trl_options
 
 try:
@@ -62,9 +64,10 @@ def apply_liger_loss(trainer: Any) -> Any:
     """
     if disabled():
         return trainer
-    models = [_causal_lm(trainer.model)]
+    outer = [trainer.model]
     if isinstance(getattr(trainer, "ref_model", None), nn.Module):
-        models.append(_causal_lm(trainer.ref_model))
+        outer.append(trainer.ref_model)
+    models = [_causal_lm(each) for each in outer]
     found = [(model, trl_options(model)) for model in models]
     for model, fused in found:
         if fused is None:
@@ -82,7 +85,19 @@ def apply_liger_loss(trainer: Any) -> Any:
         for model, forward in zip(models, originals, strict=True):
             vars(model)["forward"] = forward
         raise
+    for each in outer:
+        keep_exact(each)
+    trainer.add_callback(_KeepExact())
     return trainer
+
+
+class _KeepExact(TrainerCallback):
+    """For the policy, which is sharded when training starts."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        keep_exact(kwargs["model"])
 
 
 class _NoTunerLayer:
