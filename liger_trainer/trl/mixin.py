@@ -161,9 +161,12 @@ class LigerLossMixin(MemoryAdvice):
         self.replace_loss()
 
     def references(self) -> list[nn.Module]:
-        """The models beside the policy whose layers are to be patched: those that are not sharded yet."""
+        """The models beside the policy whose layers are to be patched, so that both round alike in bf16.
+
+        FSDP2 may have them already. Those of FSDP1 and DeepSpeed stay as they are.
+        """
         trainer: Any = self
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
             return []
         models = [getattr(trainer, name, None) for name in ("ref_model", "teacher_model")]
         return [_causal_lm(each) for each in models if isinstance(each, nn.Module)]
