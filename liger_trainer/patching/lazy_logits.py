@@ -32,6 +32,7 @@ _METADATA = frozenset(
         "is_nested",
     )
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
+_METADATA |= {torch.is_floating_point, torch.is_complex}  # which FSDP2 asks before it casts a model's outputs
 
 _RECORDED = frozenset(
     {Tensor.float, Tensor.contiguous, Tensor.view, Tensor.reshape, Tensor.__getitem__, Tensor.argmax, torch.argmax}

@@ -45,9 +45,7 @@ def fsdp2_on_a_cpu(casts: bool) -> Iterator[None]:
     state.AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state.AcceleratorState, "__init__", make)
-        os.environ.update(
-            ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP"
-        )
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
         try:
             yield
         finally:

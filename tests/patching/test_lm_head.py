@@ -225,6 +225,7 @@ class TestEvaluation:
             assert ours.logits.dtype == theirs.logits.dtype
             assert ours.logits.device == theirs.logits.device
             assert len(ours.logits) == 3
+            assert torch.is_floating_point(ours.logits) and not torch.is_complex(ours.logits)
         assert not wide
         torch.testing.assert_close(ours.loss, theirs.loss)
 
