@@ -31,7 +31,7 @@ _NAMES = ("loss", "aux_loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_
 
 
 def _bytes_of(values: Tensor) -> Tensor:
-    return values.contiguous().unsqueeze(-1).view(torch.uint8).to(torch.bfloat16)
+    return values.unsqueeze(-1).view(torch.uint8).to(torch.bfloat16)
 
 
 def _value_of(numbers: Tensor) -> Tensor:
